@@ -1,0 +1,1 @@
+//! The Millpond broker: QUIC sessions, the shard, HTTP, configuration.

@@ -1,0 +1,1 @@
+//! The Millpond client: producers, subscriptions, workers.

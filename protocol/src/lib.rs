@@ -1,0 +1,1 @@
+//! Identifiers, limits, message layout, frames and error codes of Millpond.

@@ -1,0 +1,1 @@
+//! The pure state machine of Millpond: topics, leases, retries, dead letters.

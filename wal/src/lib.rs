@@ -1,0 +1,1 @@
+//! The append-only segmented write-ahead log of Millpond.

@@ -1,0 +1,49 @@
+//! Read-only maps of sealed files. The only file of the project that holds `unsafe`.
+//!
+//! A mapped file must never change or shrink while the map lives: a store to it would be a data race
+//! with the reader's slice, and a page behind the new end is `SIGBUS`. What keeps that promise:
+//! - only files opened by `open_read` are mapped, and the log opens so only what is sealed;
+//! - a sealed file is never written, truncated or renamed onto, only unlinked, and an unlinked
+//!   file keeps its pages until the last map of it is gone;
+//! - the folder lock keeps a second broker out.
+//!
+//! A disk error under a map kills the process, because there is no call that could return it.
+//! Who prefers typed errors switches maps off ([`crate::storage::Mapping::Off`]). Touching a map may
+//! block on the disk, so neither the shard thread nor an async worker may do it.
+
+#![expect(
+    unsafe_code,
+    reason = "mapping a file is unsafe by nature; this file is the only place for it"
+)]
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+
+/// A whole file, mapped read-only.
+#[derive(Debug)]
+pub struct Map(memmap2::Mmap);
+
+impl Map {
+    /// Maps all of `file`, which must be sealed (see the module).
+    pub(crate) fn of(file: &File) -> io::Result<Map> {
+        // SAFETY: `FolderFile::map` hands in only descriptors from `open_read`, and those exist only
+        // for sealed files, which nobody writes or truncates while the folder lock is held.
+        let map = unsafe { memmap2::Mmap::map(file) }?;
+        Ok(Map(map))
+    }
+}
+
+impl Deref for Map {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl AsRef<[u8]> for Map {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}

@@ -17,6 +17,10 @@
 
 use std::io;
 
+mod real;
+
+pub use real::{FolderError, FolderFile, FolderStorage, Mapping};
+
 pub use crate::mmap::Map;
 
 /// Direct and durable writes are aligned to this many bytes, in memory and in the file.
@@ -108,3 +112,30 @@ pub fn read_exact_at(file: &impl StorageFile, offset: u64, buf: &mut [u8]) -> io
         Err(io::ErrorKind::UnexpectedEof.into())
     }
 }
+
+fn check_name(name: &str) -> io::Result<()> {
+    let known = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'.' || b == b'-';
+    if name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || name.starts_with('.')
+        || !name.bytes().all(known)
+    {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "file names are 1 to 100 of [a-z0-9.-] and do not begin with a dot",
+        ));
+    }
+    Ok(())
+}
+
+fn check_aligned(offset: u64, bytes: usize) -> io::Result<()> {
+    if !offset.is_multiple_of(BLOCK_BYTES as u64) || !bytes.is_multiple_of(BLOCK_BYTES) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "durable writes begin and end on 4 KiB boundaries",
+        ));
+    }
+    Ok(())
+}
+
+const NAME_BYTES_MAX: usize = 100;

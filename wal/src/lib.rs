@@ -3,3 +3,5 @@
 pub mod buffer;
 mod mmap;
 pub mod storage;
+
+pub use storage::sim;

@@ -18,6 +18,7 @@
 use std::io;
 
 mod real;
+pub mod sim;
 
 pub use real::{FolderError, FolderFile, FolderStorage, Mapping};
 

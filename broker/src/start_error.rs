@@ -1,0 +1,207 @@
+//! Why a broker does not start: one sentence each, which says what to do.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use crate::config::ConfigError;
+
+/// Why the broker did not start. Nothing was changed that a later start would trip over.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+
+    #[error(
+        "cannot create the data folder {}: {source}; choose another with --data or create it",
+        path.display()
+    )]
+    DataFolder { path: PathBuf, source: io::Error },
+
+    #[error(
+        "the data folder {} cannot be written to ({source}); make it writable for this user \
+         or choose another with --data",
+        path.display()
+    )]
+    DataReadOnly { path: PathBuf, source: io::Error },
+
+    #[error(
+        "the data folder {} is in use by another broker{}; stop that one or choose another \
+         folder with --data",
+        path.display(),
+        pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+    )]
+    DataHeld { path: PathBuf, pid: Option<u32> },
+
+    #[error(
+        "the {door} address {address} is already in use; stop whatever listens there or choose \
+         another with {}",
+        door.flag()
+    )]
+    PortInUse { door: Door, address: SocketAddr },
+
+    #[error(
+        "cannot listen on the {door} address {address}: {source}; choose another with {}",
+        door.flag()
+    )]
+    Listen {
+        door: Door,
+        address: SocketAddr,
+        source: io::Error,
+    },
+
+    #[error(
+        "the data folder {} was written by a newer Millpond (format {found}, this one reads up \
+         to {known}); start that version or choose another folder with --data",
+        path.display()
+    )]
+    NewerVersion {
+        path: PathBuf,
+        found: u32,
+        known: u32,
+    },
+
+    #[error("cannot use the certificate or key {}: {problem}", path.display())]
+    Certificate { path: PathBuf, problem: String },
+
+    #[error(
+        "the disk of {} is full; free some space there and start again, nothing was lost",
+        path.display()
+    )]
+    DiskFull { path: PathBuf },
+
+    #[error(
+        "refusing to listen on {listen}, which others can reach, while there is no token: start \
+         once with `--first-token NAME`, which prints a new token, or start with `--listen \
+         127.0.0.1:{}`, run `millpond token new NAME`, and start again with this address",
+        listen.port()
+    )]
+    NoToken { listen: SocketAddr },
+
+    #[error(
+        "the store in {} is damaged: {problem}; run `millpond log verify {}` to see what is \
+         affected",
+        path.display(),
+        path.display()
+    )]
+    Damaged { path: PathBuf, problem: String },
+
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Io {
+        doing: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+
+    #[error("the system gives no random numbers: {problem}; no key can be made without them")]
+    NoRandomness { problem: String },
+}
+
+impl StartError {
+    /// Names the failure of a file operation under the data folder by who must act.
+    #[must_use]
+    pub fn io(doing: &'static str, path: &Path, source: io::Error) -> Self {
+        let path = path.to_path_buf();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path },
+            io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
+                Self::DataReadOnly { path, source }
+            }
+            _ => Self::Io {
+                doing,
+                path,
+                source,
+            },
+        }
+    }
+
+    /// Names the failure of a bind by who must act.
+    #[must_use]
+    pub fn listen(door: Door, address: SocketAddr, source: io::Error) -> Self {
+        if source.kind() == io::ErrorKind::AddrInUse {
+            return Self::PortInUse { door, address };
+        }
+        Self::Listen {
+            door,
+            address,
+            source,
+        }
+    }
+}
+
+/// One of the two addresses a broker listens on.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// Clients, by UDP.
+    Quic,
+    /// Health and metrics, by TCP.
+    Http,
+}
+
+impl Door {
+    fn flag(self) -> &'static str {
+        match self {
+            Self::Quic => "--listen",
+            Self::Http => "--http",
+        }
+    }
+}
+
+impl std::fmt::Display for Door {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Quic => "QUIC (UDP)",
+            Self::Http => "HTTP (TCP)",
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_held_folder_names_the_process_if_it_is_known() {
+        let path = PathBuf::from("/d");
+        let known = StartError::DataHeld {
+            path: path.clone(),
+            pid: Some(7),
+        };
+        let unknown = StartError::DataHeld { path, pid: None };
+        assert!(known.to_string().contains("broker (process 7);"));
+        assert!(unknown.to_string().contains("broker; stop"));
+    }
+
+    #[test]
+    fn a_full_disk_and_a_read_only_folder_are_told_apart() {
+        let path = Path::new("/d/tls");
+        let full = StartError::io("write", path, io::ErrorKind::StorageFull.into());
+        let read_only = StartError::io("write", path, io::ErrorKind::ReadOnlyFilesystem.into());
+        assert!(matches!(full, StartError::DiskFull { .. }), "{full}");
+        assert!(
+            matches!(read_only, StartError::DataReadOnly { .. }),
+            "{read_only}"
+        );
+    }
+
+    #[test]
+    fn a_taken_port_says_which_flag_moves_it() {
+        let address = "127.0.0.1:8080".parse().unwrap();
+        let error = StartError::listen(Door::Http, address, io::ErrorKind::AddrInUse.into());
+        let text = error.to_string();
+        assert!(
+            text.contains("127.0.0.1:8080") && text.contains("--http"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn no_token_says_how_to_get_one() {
+        let error = StartError::NoToken {
+            listen: "0.0.0.0:7400".parse().unwrap(),
+        };
+        let text = error.to_string();
+        assert!(text.contains("--first-token NAME"), "{text}");
+        assert!(text.contains("127.0.0.1:7400"), "{text}");
+    }
+}

@@ -1,7 +1,10 @@
 //! The Millpond broker: QUIC sessions, the shard, HTTP, configuration.
 
 pub mod config;
+pub mod identity;
+mod small_file;
 mod start_error;
+pub mod tls;
 
 pub use config::{Config, ConfigError};
 pub use start_error::{Door, StartError};

@@ -5,6 +5,7 @@ pub mod identity;
 mod small_file;
 mod start_error;
 pub mod tls;
+pub mod transport;
 
 pub use config::{Config, ConfigError};
 pub use start_error::{Door, StartError};

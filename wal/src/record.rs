@@ -1,0 +1,305 @@
+//! Records: the state changes inside an entry, and the group that gathers them.
+//!
+//! Owns the record header and the building of an entry's payload.
+//!
+//! ```text
+//!  0  body bytes u32   4  crc u32   8  stamp u64   16  number u32   20  kind u8   21  zero [3]
+//! 24  body, then zeros up to the next multiple of 8
+//! ```
+//!
+//! Invariants: records lie back to back from the entry header to the table; numbers ascend (without
+//! gaps, except in a cleaned entry); the crc covers the header after itself, the length and the body.
+//!
+//! It deliberately does not know what a body means.
+
+use bytes::Bytes;
+use crc32fast::Hasher;
+use zerocopy::little_endian::{U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+use crate::buffer::{AlignedBuf, BufferPool};
+use crate::entry::{Defect, EntryHeader, EntryKind, HEADER_BYTES};
+
+/// Builder of one entry. Records are copied once, into the memory that is written to disk and that
+/// the appended entry's slices share afterwards.
+#[derive(Debug)]
+pub struct Group {
+    buf: AlignedBuf,
+    offsets: Vec<u32>,
+    headers: Hasher,
+    stamp: u64,
+}
+
+impl Group {
+    pub(crate) fn new(pool: &BufferPool) -> Group {
+        let mut buf = pool.take(HEADER_BYTES);
+        buf.resize(HEADER_BYTES);
+        Group {
+            buf,
+            offsets: Vec::new(),
+            headers: Hasher::new(),
+            stamp: 0,
+        }
+    }
+
+    /// Adds a record whose body is the concatenation of `parts`; returns its number.
+    pub fn push(&mut self, stamp: u64, kind: u8, parts: &[&[u8]]) -> u32 {
+        let number = self.records();
+        self.push_numbered(number, stamp, kind, parts);
+        number
+    }
+
+    /// Bytes that the entry will have before padding.
+    pub fn bytes(&self) -> usize {
+        self.buf.len() + self.offsets.len() * TABLE_SLOT_BYTES
+    }
+
+    pub fn records(&self) -> u32 {
+        // `push_numbered` keeps every offset, and so every count, within u32.
+        self.offsets.len() as u32
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.offsets.is_empty()
+    }
+
+    /// As `push`, under a number that was given before (cleaning keeps numbers).
+    pub(crate) fn push_numbered(&mut self, number: u32, stamp: u64, kind: u8, parts: &[&[u8]]) {
+        let offset = u32::try_from(self.buf.len()).expect("a group is bounded far below 4 GiB");
+        let body_bytes: usize = parts.iter().map(|part| part.len()).sum();
+        let mut raw = RawRecord {
+            body_bytes: U32::new(
+                u32::try_from(body_bytes).expect("a record is smaller than 4 GiB"),
+            ),
+            crc: U32::ZERO,
+            stamp: U64::new(stamp),
+            number: U32::new(number),
+            kind,
+            zero: [0; 3],
+        };
+        raw.crc = U32::new(raw.crc_with(parts));
+        self.headers.update(raw.as_bytes());
+        self.buf.reserve(padded(body_bytes));
+        self.buf.extend_from_slice(raw.as_bytes());
+        for part in parts {
+            self.buf.extend_from_slice(part);
+        }
+        self.buf.resize(self.buf.len().next_multiple_of(8));
+        self.offsets.push(offset);
+        self.stamp = stamp;
+    }
+
+    /// Completes the entry: table, header, padding. The header's fields about the payload are set here.
+    pub(crate) fn finish(mut self, mut header: EntryHeader) -> Finished {
+        let mut headers = self.headers;
+        self.buf.reserve(self.offsets.len() * TABLE_SLOT_BYTES);
+        let table_at = self.buf.len();
+        for offset in &self.offsets {
+            self.buf.extend_from_slice(&offset.to_le_bytes());
+        }
+        headers.update(&self.buf[table_at..]);
+        header.records = self.offsets.len() as u32;
+        header.payload_bytes = u32::try_from(self.buf.len() - HEADER_BYTES)
+            .expect("a group is bounded far below 4 GiB");
+        header.payload_crc = headers.finalize();
+        header.stamp = self.stamp;
+        let (bytes, crc) = header.encode();
+        self.buf[..HEADER_BYTES].copy_from_slice(&bytes);
+        self.buf.pad_to_block();
+        Finished {
+            header,
+            crc,
+            buf: self.buf,
+        }
+    }
+}
+
+/// A complete entry, ready to be written.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub header: EntryHeader,
+    pub crc: u32,
+    pub buf: AlignedBuf,
+}
+
+/// One record as it stands in an entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Record<'a> {
+    pub number: u32,
+    pub stamp: u64,
+    pub kind: u8,
+    pub body: &'a [u8],
+}
+
+/// The records of an entry, in order. Stops at the first that does not fit; [`check`](Self::check)
+/// tells whether that happens.
+#[derive(Clone, Debug)]
+pub struct Records<'a> {
+    entry: &'a [u8],
+    at: usize,
+    end: usize,
+    left: u32,
+    payload_crc: u32,
+}
+
+impl<'a> Records<'a> {
+    pub(crate) fn new(header: &EntryHeader, entry: &'a [u8]) -> Records<'a> {
+        let used = header.used_bytes().min(entry.len());
+        let table_bytes = header.records as usize * TABLE_SLOT_BYTES;
+        Records {
+            entry: &entry[..used],
+            at: HEADER_BYTES,
+            end: used.saturating_sub(table_bytes),
+            left: header.records,
+            payload_crc: header.payload_crc,
+        }
+    }
+
+    /// Walks all records and the table, and compares every checksum.
+    pub(crate) fn check(mut self) -> Result<(), Defect> {
+        let mut headers = Hasher::new();
+        let mut table = self.entry.get(self.end..).ok_or(Defect::Length)?;
+        let mut last = None;
+        while self.left > 0 {
+            let (slot, rest) = U32::read_from_prefix(table).map_err(|_| Defect::Length)?;
+            if slot.get() as usize != self.at {
+                return Err(Defect::Length);
+            }
+            table = rest;
+            let (raw, body) = self.step().ok_or(Defect::Length)?;
+            if raw.crc_with(&[body]) != raw.crc.get() {
+                return Err(Defect::RecordCrc);
+            }
+            if last.is_some_and(|last| raw.number.get() <= last) {
+                return Err(Defect::Index);
+            }
+            last = Some(raw.number.get());
+            headers.update(raw.as_bytes());
+        }
+        if self.at != self.end || !table.is_empty() {
+            return Err(Defect::Length);
+        }
+        headers.update(&self.entry[self.end..]);
+        if headers.finalize() != self.payload_crc {
+            return Err(Defect::PayloadCrc);
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Option<(RawRecord, &'a [u8])> {
+        let rest = self.entry.get(self.at..self.end)?;
+        let (raw, rest) = RawRecord::read_from_prefix(rest).ok()?;
+        let body_bytes = raw.body_bytes.get() as usize;
+        let body = rest.get(..body_bytes)?;
+        let padding = rest.get(body_bytes..padded(body_bytes))?;
+        if padding.iter().any(|&byte| byte != 0) {
+            return None;
+        }
+        self.at += RECORD_HEADER_BYTES + padded(body_bytes);
+        self.left -= 1;
+        Some((raw, body))
+    }
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Record<'a>;
+
+    fn next(&mut self) -> Option<Record<'a>> {
+        if self.left == 0 {
+            return None;
+        }
+        let (raw, body) = self.step()?;
+        Some(Record {
+            number: raw.number.get(),
+            stamp: raw.stamp.get(),
+            kind: raw.kind,
+            body,
+        })
+    }
+}
+
+/// One record read back: its body shares the memory it was read into.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RecordBytes {
+    pub stamp: u64,
+    pub kind: u8,
+    pub body: Bytes,
+}
+
+/// The first bytes of a record, enough to know how long it is.
+pub(crate) struct RecordHead(RawRecord);
+
+impl RecordHead {
+    pub fn decode(bytes: &[u8]) -> Option<RecordHead> {
+        RawRecord::read_from_prefix(bytes)
+            .ok()
+            .map(|(raw, _)| RecordHead(raw))
+    }
+
+    pub fn number(&self) -> u32 {
+        self.0.number.get()
+    }
+
+    pub fn body_bytes(&self) -> usize {
+        self.0.body_bytes.get() as usize
+    }
+
+    /// The record, if `body` is what the checksum was made of.
+    pub fn with_body(&self, body: Bytes) -> Option<RecordBytes> {
+        (self.0.crc_with(&[&body]) == self.0.crc.get()).then(|| RecordBytes {
+            stamp: self.0.stamp.get(),
+            kind: self.0.kind,
+            body,
+        })
+    }
+}
+
+/// Where record `number` begins, by the table of an entry in memory.
+pub(crate) fn table_slot(entry: &[u8], number: u32) -> Option<usize> {
+    let (header, _) = EntryHeader::decode(entry).ok()?;
+    if header.kind != EntryKind::Normal || number >= header.records {
+        return None;
+    }
+    let at = table_slot_at(&header, number);
+    let (slot, _) = U32::read_from_prefix(entry.get(at..)?).ok()?;
+    Some(slot.get() as usize)
+}
+
+/// Where the table's slot for the `nth` record lies in its entry.
+pub(crate) fn table_slot_at(header: &EntryHeader, nth: u32) -> usize {
+    header
+        .used_bytes()
+        .saturating_sub((header.records - nth) as usize * TABLE_SLOT_BYTES)
+}
+
+fn padded(body_bytes: usize) -> usize {
+    body_bytes.next_multiple_of(8)
+}
+
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+struct RawRecord {
+    body_bytes: U32,
+    crc: U32,
+    stamp: U64,
+    number: U32,
+    kind: u8,
+    zero: [u8; 3],
+}
+
+impl RawRecord {
+    fn crc_with(&self, parts: &[&[u8]]) -> u32 {
+        let mut unsigned = *self;
+        unsigned.crc = U32::ZERO;
+        let mut hasher = Hasher::new();
+        hasher.update(unsigned.as_bytes());
+        for part in parts {
+            hasher.update(part);
+        }
+        hasher.finalize()
+    }
+}
+
+pub(crate) const RECORD_HEADER_BYTES: usize = 24;
+const _: () = assert!(size_of::<RawRecord>() == RECORD_HEADER_BYTES);
+pub(crate) const TABLE_SLOT_BYTES: usize = 4;

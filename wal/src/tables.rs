@@ -1,0 +1,260 @@
+//! The segments that exist now, as the log and all readers see them.
+//!
+//! Owns the list of segments, their tables and the index from topics to sealed segments. The log is the
+//! only one that changes it; readers take a handle out under the lock and read without it. A handle
+//! keeps its file open, so a segment that is removed meanwhile can still be read to the end.
+//!
+//! Invariants: segments do not overlap; sealed ones come before open ones; a topic's offsets ascend with
+//! the segments.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::Arc;
+
+use parking_lot::RwLock;
+
+use crate::directory::{Directory, OpenTable, Spot, TopicSpan, Unreadable};
+use crate::entry::LogIndex;
+use crate::error::{IndexRange, ReadError};
+use crate::segment::{Contents, Footer, SegmentId};
+use crate::storage::{BLOCK_BYTES, Map, StorageFile, read_exact_at};
+
+/// One segment, open, sealed or lost.
+#[derive(Debug)]
+pub(crate) struct Segment<F> {
+    pub id: SegmentId,
+    pub generation: u32,
+    pub uuid: [u8; 16],
+    pub epoch: u32,
+    pub first: LogIndex,
+    pub contents: Contents,
+    pub name: String,
+    pub body: Body<F>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Body<F> {
+    Open {
+        file: Arc<F>,
+        table: RwLock<OpenTable>,
+    },
+    Sealed(SealedBody<F>),
+    /// The file is gone or nothing can be found in it.
+    Lost {
+        last: LogIndex,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) struct SealedBody<F> {
+    pub file: F,
+    pub map: Option<Map>,
+    pub footer: Footer,
+    pub spans: Vec<TopicSpan>,
+}
+
+impl<F: StorageFile> Segment<F> {
+    /// The last entry; the one before `first` if there is none yet.
+    pub fn last(&self) -> LogIndex {
+        match &self.body {
+            Body::Open { table, .. } => table
+                .read()
+                .spots
+                .last()
+                .map_or(self.first.previous(), |spot| spot.index),
+            Body::Sealed(sealed) => sealed.footer.last,
+            Body::Lost { last } => *last,
+        }
+    }
+
+    pub fn range(&self) -> IndexRange {
+        IndexRange {
+            first: self.first,
+            last: self.last(),
+        }
+    }
+
+    pub fn open_table(&self) -> Option<&RwLock<OpenTable>> {
+        match &self.body {
+            Body::Open { table, .. } => Some(table),
+            _ => None,
+        }
+    }
+
+    pub fn sealed(&self) -> Option<&SealedBody<F>> {
+        match &self.body {
+            Body::Sealed(sealed) => Some(sealed),
+            _ => None,
+        }
+    }
+
+    /// Where the entry stands; `None` if the segment does not have it.
+    pub fn spot(&self, index: LogIndex) -> Result<Option<Spot>, ReadError> {
+        match &self.body {
+            Body::Open { table, .. } => Ok(table.read().spot(index)),
+            Body::Sealed(sealed) => sealed
+                .directory()
+                .spot(index)
+                .map_err(|Unreadable| self.damaged()),
+            Body::Lost { .. } => Err(self.damaged()),
+        }
+    }
+
+    /// Fills `buf` from a position of the file.
+    pub fn fill(&self, position: u64, buf: &mut [u8]) -> Result<(), ReadError> {
+        let filled = match &self.body {
+            Body::Open { file, .. } => read_exact_at(&**file, position, buf),
+            Body::Sealed(sealed) => sealed.fill(position, buf),
+            Body::Lost { .. } => return Err(self.damaged()),
+        };
+        filled.map_err(|source| ReadError::Io {
+            file: self.name.clone(),
+            source,
+        })
+    }
+
+    pub fn damaged(&self) -> ReadError {
+        ReadError::Damaged(self.range())
+    }
+}
+
+impl<F: StorageFile> SealedBody<F> {
+    pub fn directory(&self) -> Directory<'_, impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool> {
+        Directory::new(&self.footer, |at, block| self.fill(at, block).is_ok())
+    }
+
+    pub fn fill(&self, position: u64, buf: &mut [u8]) -> io::Result<()> {
+        let Some(map) = &self.map else {
+            return read_exact_at(&self.file, position, buf);
+        };
+        let from = usize::try_from(position).map_err(io::Error::other)?;
+        let slice = from.checked_add(buf.len()).and_then(|to| map.get(from..to));
+        buf.copy_from_slice(slice.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+
+    pub fn span(&self, topic: u32) -> Option<&TopicSpan> {
+        let at = self
+            .spans
+            .binary_search_by_key(&topic, |span| span.topic)
+            .ok()?;
+        Some(&self.spans[at])
+    }
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Tables<F> {
+    segments: BTreeMap<LogIndex, Arc<Segment<F>>>,
+    /// topic -> first offset in a sealed segment -> that segment's first index.
+    topics: BTreeMap<u32, BTreeMap<u64, LogIndex>>,
+    /// Entries that recovery found damaged in open segments.
+    damaged: Vec<IndexRange>,
+}
+
+impl<F: StorageFile> Tables<F> {
+    pub fn new() -> Tables<F> {
+        Tables {
+            segments: BTreeMap::new(),
+            topics: BTreeMap::new(),
+            damaged: Vec::new(),
+        }
+    }
+
+    /// Adds a segment, or replaces the one with the same first index.
+    pub fn put(&mut self, segment: Arc<Segment<F>>) {
+        self.remove(segment.first);
+        for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
+            self.topics
+                .entry(span.topic)
+                .or_default()
+                .insert(span.first_offset, segment.first);
+        }
+        self.segments.insert(segment.first, segment);
+    }
+
+    pub fn remove(&mut self, first: LogIndex) -> Option<Arc<Segment<F>>> {
+        let segment = self.segments.remove(&first)?;
+        for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
+            if let Some(firsts) = self.topics.get_mut(&span.topic) {
+                firsts.remove(&span.first_offset);
+                if firsts.is_empty() {
+                    self.topics.remove(&span.topic);
+                }
+            }
+        }
+        Some(segment)
+    }
+
+    pub fn mark_damaged(&mut self, range: IndexRange) {
+        self.damaged.push(range);
+    }
+
+    pub fn damage_at(&self, index: LogIndex) -> Option<IndexRange> {
+        self.damaged
+            .iter()
+            .find(|range| range.contains(index))
+            .copied()
+    }
+
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Segment<F>>> {
+        self.segments.values()
+    }
+
+    pub fn by_id(&self, id: SegmentId) -> Option<&Arc<Segment<F>>> {
+        self.segments.values().find(|segment| segment.id == id)
+    }
+
+    /// The segment whose range begins at or before `index`.
+    pub fn holding(&self, index: LogIndex) -> Option<&Arc<Segment<F>>> {
+        self.segments
+            .range(..=index)
+            .next_back()
+            .map(|(_, segment)| segment)
+    }
+
+    /// The segments that may hold the topic's offsets from `offset` on, in order; open ones always.
+    pub fn with_topic(&self, topic: u32, offset: u64) -> Vec<Arc<Segment<F>>> {
+        let mut found = Vec::new();
+        if let Some(firsts) = self.topics.get(&topic) {
+            let start = firsts
+                .range(..=offset)
+                .next_back()
+                .map_or(offset, |(&first, _)| first);
+            let sealed = firsts
+                .range(start..)
+                .filter_map(|(_, first)| self.segments.get(first));
+            found.extend(sealed.take(SEGMENTS_PER_LOOKUP).cloned());
+        }
+        if found.len() < SEGMENTS_PER_LOOKUP {
+            found.extend(self.open().cloned());
+        }
+        found
+    }
+
+    /// The sealed segments with the topic, in order.
+    pub fn sealed_with_topic(&self, topic: u32) -> impl Iterator<Item = &Arc<Segment<F>>> {
+        let firsts = self
+            .topics
+            .get(&topic)
+            .into_iter()
+            .flat_map(BTreeMap::values);
+        firsts.filter_map(|first| self.segments.get(first))
+    }
+
+    /// The segments that are not sealed, in order.
+    pub fn open(&self) -> impl Iterator<Item = &Arc<Segment<F>>> {
+        // Few, and all at the end.
+        let from_end = self
+            .segments
+            .values()
+            .rev()
+            .take_while(|s| s.sealed().is_none());
+        let open: Vec<_> = from_end.filter(|s| s.open_table().is_some()).collect();
+        open.into_iter().rev()
+    }
+}
+
+/// A lookup needs the segment with the offset and, if the offset fell into a hole, the next one; a
+/// scan asks again from where it stopped.
+const SEGMENTS_PER_LOOKUP: usize = 2;

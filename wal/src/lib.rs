@@ -1,7 +1,45 @@
 //! The append-only segmented write-ahead log of Millpond.
+//!
+//! It stores opaque bytes and knows neither messages nor an async runtime. One thread owns the [`Log`]
+//! and writes inline; readers, the snapshot writer, the cleaner and whoever prepares spare segments run
+//! elsewhere, on handles and jobs that the log gives out.
+//!
+//! A day in its life: [`Log::open`] judges what the last one left behind; [`Log::replay`] folds what no
+//! snapshot covers; [`Log::append_durable`] writes; [`LogReader`] reads; [`Log::close`] seals.
 
 pub mod buffer;
+mod directory;
+mod entry;
+mod error;
+mod generations;
+mod log;
+mod manifest;
 mod mmap;
+mod options;
+mod reader;
+mod record;
+mod recover;
+mod replay;
+mod scan;
+mod seal;
+mod segment;
+pub mod snapshot;
+mod spare;
 pub mod storage;
+mod tables;
 
 pub use storage::sim;
+
+pub use directory::{Row, TopicSpan};
+pub use entry::{Defect, EntryHeader, EntryKind, LogIndex, Place};
+pub use error::{IndexRange, JobError, LogError, OpenError, ReadError};
+pub use log::{Appended, ENDED_MAX, Log, LogStats, RowSink, SegmentInfo, Stage};
+pub use options::Options;
+pub use reader::LogReader;
+pub use record::{Group, Record, RecordBytes, Records};
+pub use recover::{Opened, RecoveryReport, SegmentDamage, TornTail};
+pub use replay::{ReplayEnd, ReplayEntry, ReplayRecord};
+pub use seal::{SealDone, SealJob};
+pub use segment::{Contents, SegmentDefect, SegmentId};
+pub use snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
+pub use spare::{SpareDone, SpareJob};

@@ -1,0 +1,101 @@
+//! Snapshots as the log sees them: which one may be taken, and which are kept.
+//!
+//! Invariants: a snapshot covers sealed segments only, because the rows of a segment exist nowhere else;
+//! two generations are kept, and segments stay until the older one covers them, so that one damaged
+//! snapshot loses nothing.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use crate::entry::LogIndex;
+use crate::error::LogError;
+use crate::log::Log;
+use crate::manifest::{Change, SnapshotEntry};
+use crate::snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
+use crate::storage::Storage;
+
+impl<S: Storage> Log<S> {
+    /// A snapshot of the state at `index`, which must be all that is applied: the chunks that changed
+    /// since the last installed snapshot (all of them if there is none), and the ids of those that are
+    /// gone. Seals up to there first, inline. Run the job on a background thread, one at a time.
+    pub fn snapshot_job(
+        &mut self,
+        index: LogIndex,
+        dirty: Vec<(ChunkId, Bytes)>,
+        removed: Vec<ChunkId>,
+    ) -> Result<SnapshotJob<S>, LogError> {
+        self.check_writable()?;
+        // Blank entries behind it change no state.
+        let index = if index >= self.last_normal {
+            self.durable
+        } else {
+            index
+        };
+        if index > self.applied {
+            return Err(LogError::SnapshotTooNew { index });
+        }
+        if index == self.durable {
+            self.end_active();
+        }
+        self.seal_ended(0)?;
+        let unsealed = self
+            .tables
+            .read()
+            .open()
+            .next()
+            .map(|segment| segment.first);
+        if unsealed.is_some_and(|first| first <= index) {
+            return Err(LogError::SnapshotTooNew { index });
+        }
+        let base = self.newest_snapshot.as_ref();
+        let number = self.next_snapshot;
+        self.next_snapshot += 1;
+        let (storage, pool) = (self.storage.clone(), self.pool.clone());
+        let store = self.store_id();
+        Ok(SnapshotJob::new(
+            storage,
+            pool,
+            store,
+            base,
+            (number, index),
+            dirty,
+            removed,
+        ))
+    }
+
+    /// Makes a finished snapshot count, and deletes the files that no kept one needs.
+    pub fn install_snapshot(&mut self, done: SnapshotDone) -> Result<(), LogError> {
+        self.check_writable()?;
+        let info = done.info();
+        let before = self.snapshot_files();
+        self.change(Change::Snapshot(SnapshotEntry {
+            number: info.number,
+            index: info.index,
+            digest: info.digest,
+            files: info.files,
+        }))?;
+        self.newest_snapshot = Some(Snapshot::of(self.storage.clone(), &done));
+        for file in before.difference(&self.snapshot_files()) {
+            self.unlink(file);
+        }
+        Ok(())
+    }
+
+    /// The index of the newest snapshot that counts.
+    pub fn snapshot_index(&self) -> Option<LogIndex> {
+        self.manifest
+            .state()
+            .snapshots
+            .last()
+            .map(|snapshot| snapshot.index)
+    }
+
+    fn snapshot_files(&self) -> BTreeSet<String> {
+        let snapshots = &self.manifest.state().snapshots;
+        snapshots
+            .iter()
+            .flat_map(|snapshot| snapshot.files.iter().cloned())
+            .collect()
+    }
+}

@@ -1,0 +1,646 @@
+//! The log: appending entries, and everything that changes what the log consists of.
+//!
+//! Owned by one thread, which writes inline: when `append_durable` returns, the entry is durable and
+//! readers may see it.
+//!
+//! Invariants: `removed < snapshot <= sealed <= applied <= durable == appended`;
+//! `vouched <= durable`; sealing only below applied; nothing is appended in an epoch that is not durable
+//! in the manifest. After any failed write or sync the log is poisoned for good: what the disk holds is
+//! unknown, and a second try that succeeds would prove nothing.
+//!
+//! Opening is in `recover`, folding what was recovered in `replay`.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::buffer::BufferPool;
+use crate::directory::{OpenTable, Row, Spot, TopicSpan};
+use crate::entry::{EntryHeader, EntryKind, LogIndex};
+use crate::error::{IndexRange, JobError, LogError};
+use crate::manifest::{Change, Manifest};
+use crate::options::Options;
+use crate::reader::LogReader;
+use crate::record::{Group, RECORD_HEADER_BYTES, RecordHead, table_slot};
+use crate::seal::{Ended, SealDone, SealJob, seal_room};
+use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
+use crate::snapshot::Snapshot;
+use crate::spare::{Spare, SpareDone, SpareJob};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
+use crate::tables::{Body, Segment, Tables};
+
+/// See the module.
+pub struct Log<S: Storage> {
+    pub(crate) storage: S,
+    pub(crate) options: Options,
+    pub(crate) pool: BufferPool,
+    pub(crate) manifest: Manifest<S>,
+    pub(crate) tables: Arc<RwLock<Tables<S::File>>>,
+    pub(crate) health: Health,
+    /// None until the first append after opening, rolling or truncating.
+    pub(crate) active: Option<Active<S::File>>,
+    /// Finished, oldest first; sealed once applied.
+    pub(crate) ended: VecDeque<Ended<S::File>>,
+    pub(crate) spares: VecDeque<Spare>,
+    pub(crate) next_spare: u64,
+    pub(crate) next_snapshot: u64,
+    /// The base of the next one.
+    pub(crate) newest_snapshot: Option<Snapshot<S>>,
+    /// The last segment's uuid and last header crc, for the next one's header.
+    pub(crate) predecessor: ([u8; 16], u32),
+    pub(crate) durable: LogIndex,
+    pub(crate) applied: LogIndex,
+    /// What a later entry or the manifest says is durable.
+    pub(crate) vouched: LogIndex,
+    /// The last entry that is not blank.
+    pub(crate) last_normal: LogIndex,
+    pub(crate) stats: LogStats,
+}
+
+/// Whether the log may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Health {
+    /// Opened, not yet replayed to its end.
+    Unreplayed,
+    Good,
+    Damaged(IndexRange),
+    Poisoned,
+}
+
+/// The segment that is written.
+pub(crate) struct Active<F> {
+    pub segment: Arc<Segment<F>>,
+    pub file: Arc<F>,
+    /// Where the next entry goes.
+    pub end: u64,
+    pub entries: u64,
+    pub records: u64,
+    pub digest: Xxh3,
+    pub last_crc: u32,
+}
+
+/// An entry that is durable. Its bytes are shared, so records of it can be kept without a copy.
+#[derive(Clone, Debug)]
+pub struct Appended {
+    pub index: LogIndex,
+    pub bytes: Bytes,
+}
+
+impl Appended {
+    /// The body of a record of this entry, sharing its memory; `None` if it has no such record.
+    pub fn record_body(&self, record: u32) -> Option<Bytes> {
+        let at = table_slot(&self.bytes, record)?;
+        let head = RecordHead::decode(self.bytes.get(at..)?)?;
+        let from = at + RECORD_HEADER_BYTES;
+        let to = from + head.body_bytes();
+        (to <= self.bytes.len()).then(|| self.bytes.slice(from..to))
+    }
+}
+
+/// Counters for metrics; since opening, except for what exists now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogStats {
+    pub entries: u64,
+    pub records: u64,
+    /// Durable writes of entries.
+    pub syncs: u64,
+    pub appended_bytes: u64,
+    /// Size of all segments that exist now.
+    pub log_bytes: u64,
+    pub segments: usize,
+    pub spares: usize,
+}
+
+/// One segment, for decisions about space.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SegmentInfo {
+    pub id: SegmentId,
+    pub generation: u32,
+    pub first: LogIndex,
+    /// The one before `first` if there is no entry yet.
+    pub last: LogIndex,
+    pub bytes: u64,
+    pub stage: Stage,
+    pub contents: Contents,
+    /// Covered by every kept snapshot: may be cleaned or removed.
+    pub covered: bool,
+    pub topics: Vec<TopicSpan>,
+}
+
+/// Where a segment is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    Open,
+    Sealed,
+    /// Its file is gone or unreadable as a whole.
+    Lost,
+}
+
+impl<S: Storage> Log<S> {
+    /// An empty group; fill it and hand it to [`append_durable`](Self::append_durable).
+    pub fn new_group(&self) -> Group {
+        Group::new(&self.pool)
+    }
+
+    /// Appends the group as one entry and returns when it is durable. After `LogError::Disk` the log
+    /// is poisoned and the process must stop; after `DiskFull` nothing was written and the group is
+    /// lost.
+    pub fn append_durable(&mut self, group: Group) -> Result<Appended, LogError> {
+        self.check_writable()?;
+        if group.is_empty() {
+            return Err(LogError::EmptyGroup);
+        }
+        let (bytes, max) = (group.bytes(), self.options.entry_bytes_max);
+        if bytes > max {
+            return Err(LogError::GroupTooLarge { bytes, max });
+        }
+        let appended = self.append(EntryKind::Normal, group)?;
+        self.last_normal = appended.index;
+        Ok(appended)
+    }
+
+    /// Writes an empty entry that vouches for the last one, if nothing does yet. To be called when 10 ms
+    /// have passed after a commit with nothing behind it: until then a torn last entry cannot be told
+    /// from one that was acknowledged and then damaged.
+    pub fn vouch(&mut self) -> Result<(), LogError> {
+        self.check_writable()?;
+        if self.vouched < self.last_normal {
+            let all_applied = self.applied == self.durable;
+            let blank = self.new_group();
+            let appended = self.append(EntryKind::Blank, blank)?;
+            // There is nothing in it to apply.
+            if all_applied {
+                self.applied = appended.index;
+            }
+        }
+        Ok(())
+    }
+
+    /// What apply decided about an appended message record, in order. Rows of segments that are sealed
+    /// are known already and are ignored.
+    pub fn add_row(&mut self, row: Row) {
+        RowSink {
+            tables: &self.tables,
+        }
+        .add(row);
+    }
+
+    /// Everything up to `index` is applied and its rows were added.
+    pub fn set_applied(&mut self, index: LogIndex) {
+        assert!(index <= self.durable, "applied {index} is not durable yet");
+        self.applied = self.applied.max(index);
+    }
+
+    /// Ends the active segment, so that the next entry begins a new one; nothing if it is empty.
+    pub fn roll(&mut self) -> Result<(), LogError> {
+        self.check_writable()?;
+        self.end_active();
+        Ok(())
+    }
+
+    /// A finished and applied segment wants its directory: run the job, then install it. Without it,
+    /// an append seals inline once more than [`ENDED_MAX`] segments wait.
+    pub fn seal_job(&self) -> Option<SealJob<S>> {
+        let ended = self
+            .ended
+            .front()
+            .filter(|ended| ended.last <= self.applied)?;
+        Some(SealJob::new(
+            self.storage.clone(),
+            self.pool.clone(),
+            ended.clone(),
+        ))
+    }
+
+    pub fn install_sealed(&mut self, done: SealDone<S>) -> Result<(), LogError> {
+        self.check_writable()?;
+        let segment = done.segment;
+        let waits = self
+            .ended
+            .front()
+            .is_some_and(|ended| ended.segment.id == segment.id);
+        if !waits {
+            return Err(LogError::Outdated(segment.id));
+        }
+        let file_bytes = segment
+            .sealed()
+            .map_or(0, |sealed| sealed.footer.file_bytes());
+        let (id, last) = (segment.id, segment.last());
+        self.change(Change::Sealed {
+            id,
+            last,
+            file_bytes,
+        })?;
+        self.tables.write().put(Arc::new(segment));
+        self.ended.pop_front();
+        Ok(())
+    }
+
+    /// A spare is missing: run the job on a background thread, one at a time, then install it.
+    pub fn spare_job(&self) -> Option<SpareJob<S>> {
+        let (storage, pool) = (self.storage.clone(), self.pool.clone());
+        let wanted = self.spares.len() < self.options.spare_segments;
+        wanted.then(|| SpareJob::new(storage, pool, self.next_spare, self.options.segment_bytes))
+    }
+
+    pub fn install_spare(&mut self, done: SpareDone) {
+        self.next_spare = self.next_spare.max(done.0.number + 1);
+        self.spares.push_back(done.0);
+    }
+
+    /// Deletes sealed segments that every kept snapshot covers; returns the bytes that became free.
+    /// Readers that are at one finish with it.
+    pub fn remove_segments(&mut self, ids: &[SegmentId]) -> Result<u64, LogError> {
+        self.check_writable()?;
+        let mut doomed = Vec::with_capacity(ids.len());
+        for &id in ids {
+            doomed.push(self.covered_segment(id)?);
+        }
+        self.change(Change::Removed { ids: ids.to_vec() })?;
+        let mut freed = 0;
+        for segment in doomed {
+            freed += bytes_of(&segment);
+            self.tables.write().remove(segment.first);
+            self.unlink(&segment.name);
+        }
+        Ok(freed)
+    }
+
+    /// A clean shutdown: everything is vouched for and, as far as applied, sealed.
+    pub fn close(mut self) -> Result<(), LogError> {
+        match self.health {
+            Health::Good => {}
+            // Nothing was written that needs an end.
+            Health::Unreplayed | Health::Damaged(_) => return Ok(()),
+            Health::Poisoned => return Err(LogError::Poisoned),
+        }
+        self.vouch()?;
+        self.end_active();
+        self.seal_ended(0)
+    }
+
+    pub fn reader(&self) -> LogReader<S> {
+        LogReader::new(self.tables.clone())
+    }
+
+    /// The epoch of this start: raised durably by every opening.
+    pub fn recovery_epoch(&self) -> u32 {
+        self.manifest.state().epoch
+    }
+
+    pub fn store_id(&self) -> [u8; 16] {
+        self.manifest.state().store
+    }
+
+    /// The last entry that outlives a power loss.
+    pub fn durable(&self) -> LogIndex {
+        self.durable
+    }
+
+    /// The last entry written; the same as durable, because appending waits.
+    pub fn appended(&self) -> LogIndex {
+        self.durable
+    }
+
+    pub fn applied(&self) -> LogIndex {
+        self.applied
+    }
+
+    /// Whether the last commit still lacks a voucher; see [`vouch`](Self::vouch).
+    pub fn wants_vouching(&self) -> bool {
+        self.vouched < self.last_normal
+    }
+
+    /// All segments in order.
+    pub fn segments(&self) -> Vec<SegmentInfo> {
+        let covered = self.manifest.state().covered();
+        let info = |segment: &Arc<Segment<S::File>>| {
+            let (stage, topics) = match &segment.body {
+                Body::Open { table, .. } => (Stage::Open, table.read().spans()),
+                Body::Sealed(sealed) => (Stage::Sealed, sealed.spans.clone()),
+                Body::Lost { .. } => (Stage::Lost, Vec::new()),
+            };
+            SegmentInfo {
+                id: segment.id,
+                generation: segment.generation,
+                first: segment.first,
+                last: segment.last(),
+                bytes: bytes_of(segment),
+                stage,
+                contents: segment.contents,
+                covered: stage != Stage::Open && segment.last() <= covered,
+                topics,
+            }
+        };
+        self.tables.read().iter().map(info).collect()
+    }
+
+    pub fn stats(&self) -> LogStats {
+        let tables = self.tables.read();
+        LogStats {
+            log_bytes: tables.iter().map(|segment| bytes_of(segment)).sum(),
+            segments: tables.iter().count(),
+            spares: self.spares.len(),
+            ..self.stats
+        }
+    }
+
+    fn append(&mut self, kind: EntryKind, group: Group) -> Result<Appended, LogError> {
+        let disk_bytes = group.bytes().next_multiple_of(BLOCK_BYTES) as u64;
+        let records = u64::from(group.records());
+        self.make_room(disk_bytes, records)?;
+        let index = self.durable.next();
+        let epoch = self.recovery_epoch();
+        let Some(active) = &mut self.active else {
+            unreachable!("make_room began a segment");
+        };
+        let finished = group.finish(EntryHeader {
+            kind,
+            index,
+            term: 0,
+            segment: active.segment.uuid,
+            epoch,
+            previous_crc: active.last_crc,
+            durable: self.durable,
+            stamp: 0,
+            records: 0,
+            payload_bytes: 0,
+            payload_crc: 0,
+            position: active.end,
+        });
+        debug_assert_eq!(finished.buf.len() as u64, disk_bytes);
+        if let Err(source) = active.file.write_durable_at(active.end, &finished.buf) {
+            self.health = Health::Poisoned;
+            let file = active.segment.name.clone();
+            return Err(LogError::Disk {
+                what: "append to",
+                file,
+                source,
+            });
+        }
+        active.take(&finished.header, finished.crc);
+        self.vouched = self.durable;
+        self.durable = index;
+        self.stats.entries += 1;
+        self.stats.records += records;
+        self.stats.syncs += 1;
+        self.stats.appended_bytes += disk_bytes;
+        Ok(Appended {
+            index,
+            bytes: finished.buf.freeze(),
+        })
+    }
+
+    /// Sees to it that an active segment has room for the entry and, later, its directory.
+    fn make_room(&mut self, disk_bytes: u64, records: u64) -> Result<(), LogError> {
+        if let Some(active) = &self.active
+            && active.entries > 0
+            && active.end + disk_bytes + active.seal_room(records) > self.options.segment_bytes
+        {
+            self.end_active();
+        }
+        if self.active.is_none() {
+            self.seal_ended(ENDED_MAX)?;
+            let needed = ENTRIES_START + disk_bytes + seal_room(records, 1, records);
+            self.begin_segment(needed.max(self.options.segment_bytes))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn end_active(&mut self) {
+        if self
+            .active
+            .as_ref()
+            .is_some_and(|active| active.entries == 0)
+        {
+            return;
+        }
+        let Some(active) = self.active.take() else {
+            return;
+        };
+        self.predecessor = (active.segment.uuid, active.last_crc);
+        self.ended.push_back(Ended {
+            last: self.durable,
+            entries_end: active.end,
+            records: active.records,
+            digest: active.digest.digest128().to_le_bytes(),
+            last_crc: active.last_crc,
+            segment: active.segment,
+        });
+    }
+
+    /// Seals inline, oldest first, until at most `left` applied segments wait.
+    pub(crate) fn seal_ended(&mut self, left: usize) -> Result<(), LogError> {
+        while self.ended.len() > left {
+            let Some(job) = self.seal_job() else {
+                break;
+            };
+            match job.run() {
+                Ok(done) => self.install_sealed(done)?,
+                // The entries are durable without it; it is tried again later.
+                Err(error) if error.is_disk_full() => break,
+                Err(error) => return Err(self.poison(error)),
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_segment(&mut self, bytes: u64) -> Result<(), LogError> {
+        let state = self.manifest.state();
+        let (id, epoch) = (SegmentId(state.next_segment), state.epoch);
+        let first = self.durable.next();
+        let header = SegmentHeader {
+            store: state.store,
+            uuid: derive_uuid(state.store, id, 0, epoch),
+            id,
+            generation: 0,
+            first,
+            epoch,
+            contents: Contents::Whole,
+            predecessor: self.predecessor.0,
+            predecessor_crc: self.predecessor.1,
+        };
+        let name = header.file_name();
+        let file = self.new_segment_file(&name, bytes)?;
+        let mut block = self.pool.take(BLOCK_BYTES);
+        block.extend_from_slice(&header.encode());
+        let written = file
+            .write_durable_at(0, &block)
+            .and_then(|()| file.sync_data())
+            .and_then(|()| self.storage.sync_dir());
+        written.map_err(|source| self.poison_io("begin", &name, source))?;
+        self.change(Change::Began {
+            id,
+            uuid: header.uuid,
+            first,
+            epoch,
+        })?;
+        let file = Arc::new(file);
+        let body = Body::Open {
+            file: file.clone(),
+            table: RwLock::new(OpenTable::default()),
+        };
+        let segment = Arc::new(Segment {
+            id,
+            generation: 0,
+            uuid: header.uuid,
+            epoch,
+            first,
+            contents: Contents::Whole,
+            name,
+            body,
+        });
+        self.tables.write().put(segment.clone());
+        self.active = Some(Active {
+            segment,
+            file,
+            end: ENTRIES_START,
+            entries: 0,
+            records: 0,
+            digest: Xxh3::new(),
+            last_crc: self.predecessor.1,
+        });
+        Ok(())
+    }
+
+    /// A spare if one is large enough, else a new file, reserved but not filled. A full disk leaves
+    /// things as they were.
+    fn new_segment_file(&mut self, name: &str, bytes: u64) -> Result<S::File, LogError> {
+        if let Some(spare) = self.spares.pop_front_if(|spare| spare.bytes >= bytes) {
+            let renamed = self.storage.rename(&spare.name(), name);
+            let file = renamed.and_then(|()| self.storage.open(name));
+            return file.map_err(|source| self.poison_io("begin", name, source));
+        }
+        let reserved = self.storage.create(name).and_then(|file| {
+            file.preallocate(bytes)?;
+            Ok(file)
+        });
+        reserved.map_err(|source| {
+            if source.kind() != io::ErrorKind::StorageFull {
+                return self.poison_io("begin", name, source);
+            }
+            self.unlink(name);
+            LogError::DiskFull
+        })
+    }
+
+    /// A sealed (or lost) segment that recovery no longer needs.
+    pub(crate) fn covered_segment(&self, id: SegmentId) -> Result<Arc<Segment<S::File>>, LogError> {
+        let tables = self.tables.read();
+        let segment = tables.by_id(id).ok_or(LogError::UnknownSegment(id))?;
+        if segment.open_table().is_some() {
+            return Err(LogError::NotSealed(id));
+        }
+        if segment.last() > self.manifest.state().covered() {
+            return Err(LogError::NotCovered(id));
+        }
+        Ok(segment.clone())
+    }
+
+    /// Makes a change of the manifest durable; it vouches for all that is durable.
+    pub(crate) fn change(&mut self, change: Change) -> Result<(), LogError> {
+        let durable = self.durable;
+        let appended = self.manifest.append(change, durable);
+        appended.map_err(|error| self.poison_io("append to", crate::manifest::NAME, error.0))?;
+        self.vouched = durable;
+        Ok(())
+    }
+
+    pub(crate) fn check_writable(&self) -> Result<(), LogError> {
+        match self.health {
+            Health::Good => Ok(()),
+            Health::Unreplayed => Err(LogError::NotReplayed),
+            Health::Damaged(damaged) => Err(LogError::ReadOnly { damaged }),
+            Health::Poisoned => Err(LogError::Poisoned),
+        }
+    }
+
+    fn poison(&mut self, error: JobError) -> LogError {
+        self.poison_io(error.what, &error.file, error.source)
+    }
+
+    pub(crate) fn poison_io(
+        &mut self,
+        what: &'static str,
+        file: &str,
+        source: io::Error,
+    ) -> LogError {
+        self.health = Health::Poisoned;
+        LogError::Disk {
+            what,
+            file: file.to_owned(),
+            source,
+        }
+    }
+
+    /// Deletes a file that the manifest does not name; what stays behind goes at the next opening.
+    pub(crate) fn unlink(&self, name: &str) {
+        let _ = self.storage.remove(name);
+    }
+}
+
+/// Where rows go while records are applied.
+pub struct RowSink<'a, F> {
+    pub(crate) tables: &'a RwLock<Tables<F>>,
+}
+
+impl<F: StorageFile> RowSink<'_, F> {
+    /// See `Log::add_row`.
+    pub fn add(&mut self, row: Row) {
+        let tables = self.tables.read();
+        let segment = tables.holding(row.place.index);
+        if let Some(table) = segment.and_then(|segment| segment.open_table()) {
+            table.write().add(row);
+        }
+    }
+}
+
+impl<F> Active<F> {
+    fn take(&mut self, header: &EntryHeader, crc: u32) {
+        let Body::Open { table, .. } = &self.segment.body else {
+            unreachable!("the active segment is open");
+        };
+        table.write().spots.push(Spot {
+            index: header.index,
+            block: (self.end / BLOCK_BYTES as u64) as u32,
+            blocks: (header.disk_bytes() / BLOCK_BYTES) as u32,
+        });
+        self.digest.update(&header.encode().0);
+        self.end += header.disk_bytes() as u64;
+        self.entries += 1;
+        self.records += u64::from(header.records);
+        self.last_crc = crc;
+    }
+
+    /// What sealing needs if every record of one more entry becomes a row of a new topic.
+    fn seal_room(&self, records: u64) -> u64 {
+        let Body::Open { table, .. } = &self.segment.body else {
+            return 0;
+        };
+        let table = table.read();
+        let (topics, rows) = (table.topics.len() as u64, table.rows as u64);
+        seal_room(topics + records, self.entries + 1, rows + records)
+    }
+}
+
+fn bytes_of<F: StorageFile>(segment: &Segment<F>) -> u64 {
+    match &segment.body {
+        Body::Open { table, .. } => {
+            let table = table.read();
+            table
+                .spots
+                .last()
+                .map_or(ENTRIES_START, |spot| spot.position() + spot.bytes() as u64)
+        }
+        Body::Sealed(sealed) => sealed.footer.file_bytes(),
+        Body::Lost { .. } => 0,
+    }
+}
+
+/// Finished segments that may wait for a background job before an append seals them itself. Each keeps
+/// its directory in memory until then.
+pub const ENDED_MAX: usize = 2;

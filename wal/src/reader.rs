@@ -1,0 +1,234 @@
+//! Reading from other threads: which records hold an offset, and their bytes.
+//!
+//! Owns nothing; every call looks at the current segments and then reads without a lock. Only what
+//! is durable is ever in the tables. May block on the disk, so it belongs on reader threads.
+//!
+//! It deliberately caches nothing: the page cache does, and hot entries are kept as `Bytes` by who
+//! appended them.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+
+use crate::directory::{Row, Spot, Unreadable};
+use crate::entry::{EntryHeader, EntryKind, HEADER_BYTES, Place};
+use crate::error::{IndexRange, ReadError};
+use crate::record::{RECORD_HEADER_BYTES, RecordBytes, RecordHead, table_slot_at};
+use crate::storage::{Storage, StorageFile};
+use crate::tables::{Body, SealedBody, Segment, Tables};
+
+/// A handle for reading. Clones share the log's tables.
+pub struct LogReader<S: Storage> {
+    tables: Arc<RwLock<Tables<S::File>>>,
+}
+
+impl<S: Storage> LogReader<S> {
+    pub(crate) fn new(tables: Arc<RwLock<Tables<S::File>>>) -> LogReader<S> {
+        LogReader { tables }
+    }
+
+    /// The row that holds `offset`, or the topic's next one behind it.
+    pub fn find(&self, topic: u32, offset: u64) -> Result<Option<Row>, ReadError> {
+        Ok(self.rows(topic, offset, 1)?.pop())
+    }
+
+    /// Up to `max` rows in order, beginning with the one that holds `from`, or the next behind it.
+    pub fn rows(&self, topic: u32, from: u64, max: usize) -> Result<Vec<Row>, ReadError> {
+        let mut rows = Vec::new();
+        let mut offset = from;
+        while rows.len() < max {
+            let segments = self.tables.read().with_topic(topic, offset);
+            let before = rows.len();
+            for segment in segments {
+                rows_of(&segment, topic, offset, max, &mut rows)?;
+            }
+            match rows.last() {
+                Some(last) if rows.len() > before => offset = last.end(),
+                _ => break,
+            }
+        }
+        Ok(rows)
+    }
+
+    /// Offset of the topic's first message with a stamp of at least `stamp`.
+    pub fn offset_at_stamp(&self, topic: u32, stamp: u64) -> Result<Option<u64>, ReadError> {
+        let (sealed, open) = {
+            let tables = self.tables.read();
+            let late = |segment: &&Arc<Segment<S::File>>| {
+                let span = segment.sealed().and_then(|sealed| sealed.span(topic));
+                span.is_some_and(|span| span.last_stamp >= stamp)
+            };
+            let sealed = tables.sealed_with_topic(topic).find(late).cloned();
+            (sealed, tables.open().cloned().collect::<Vec<_>>())
+        };
+        if let Some(segment) = sealed
+            && let Some(body) = segment.sealed()
+            && let Some(span) = body.span(topic)
+        {
+            let mut directory = body.directory();
+            let row = directory
+                .row_at_stamp(span, stamp)
+                .and_then(|nth| directory.nth_row(nth));
+            return row
+                .map(|row| Some(row.base))
+                .map_err(|Unreadable| segment.damaged());
+        }
+        let mut tables = open.iter().filter_map(|segment| segment.open_table());
+        Ok(tables
+            .find_map(|table| table.read().find_stamp(topic, stamp))
+            .map(|row| row.base))
+    }
+
+    /// One record, verified by its checksum.
+    pub fn record(&self, place: Place) -> Result<RecordBytes, ReadError> {
+        let index = place.index;
+        let (segment, damage) = {
+            let tables = self.tables.read();
+            (tables.holding(index).cloned(), tables.damage_at(index))
+        };
+        let segment = segment.ok_or(ReadError::NotFound(index))?;
+        let Some(spot) = segment.spot(index)? else {
+            return Err(damage.map_or(ReadError::NotFound(index), ReadError::Damaged));
+        };
+        read_record(&segment, spot, place)
+    }
+}
+
+impl<S: Storage> Clone for LogReader<S> {
+    fn clone(&self) -> Self {
+        LogReader {
+            tables: self.tables.clone(),
+        }
+    }
+}
+
+fn rows_of<F: StorageFile>(
+    segment: &Segment<F>,
+    topic: u32,
+    offset: u64,
+    max: usize,
+    rows: &mut Vec<Row>,
+) -> Result<(), ReadError> {
+    match &segment.body {
+        Body::Open { table, .. } => {
+            let table = table.read();
+            let all = table.topics.get(&topic).map_or(&[][..], Vec::as_slice);
+            let from = all.partition_point(|row| row.end() <= offset);
+            rows.extend(all[from..].iter().take(max - rows.len()));
+            Ok(())
+        }
+        Body::Sealed(sealed) => {
+            sealed_rows(sealed, topic, offset, max, rows).map_err(|Unreadable| segment.damaged())
+        }
+        Body::Lost { .. } => Ok(()),
+    }
+}
+
+fn sealed_rows<F: StorageFile>(
+    sealed: &SealedBody<F>,
+    topic: u32,
+    offset: u64,
+    max: usize,
+    rows: &mut Vec<Row>,
+) -> Result<(), Unreadable> {
+    let Some(span) = sealed.span(topic) else {
+        return Ok(());
+    };
+    let mut directory = sealed.directory();
+    let end = u64::from(span.first_row) + u64::from(span.rows);
+    let from = directory.row_at(span, offset)?;
+    for nth in from..end.min(from + (max - rows.len()) as u64) {
+        rows.push(directory.nth_row(nth)?);
+    }
+    Ok(())
+}
+
+fn read_record<F: StorageFile>(
+    segment: &Segment<F>,
+    spot: Spot,
+    place: Place,
+) -> Result<RecordBytes, ReadError> {
+    let damaged = || {
+        ReadError::Damaged(IndexRange {
+            first: place.index,
+            last: place.index,
+        })
+    };
+    let mut header = [0; HEADER_BYTES];
+    segment.fill(spot.position(), &mut header)?;
+    let (header, _) = EntryHeader::decode(&header).map_err(|_| damaged())?;
+    let expected = (place.index, segment.uuid, spot.position());
+    if (header.index, header.segment, header.position) != expected
+        || header.disk_bytes() > spot.bytes()
+    {
+        return Err(damaged());
+    }
+    if header.kind != EntryKind::Normal {
+        return Err(ReadError::NotFound(place.index));
+    }
+    let entry = EntryAt {
+        segment,
+        header,
+        position: spot.position(),
+    };
+    let (head, at) = entry.seek(place.record).map_err(|miss| match miss {
+        Miss::Absent => ReadError::NotFound(place.index),
+        Miss::Damaged => damaged(),
+        Miss::Read(error) => error,
+    })?;
+    let body_at = at + RECORD_HEADER_BYTES;
+    if body_at + head.body_bytes() > entry.header.used_bytes() {
+        return Err(damaged());
+    }
+    let mut body = vec![0; head.body_bytes()];
+    segment.fill(spot.position() + body_at as u64, &mut body)?;
+    head.with_body(Bytes::from(body)).ok_or_else(damaged)
+}
+
+struct EntryAt<'a, F> {
+    segment: &'a Segment<F>,
+    header: EntryHeader,
+    position: u64,
+}
+
+enum Miss {
+    Absent,
+    Damaged,
+    Read(ReadError),
+}
+
+impl<F: StorageFile> EntryAt<'_, F> {
+    /// Finds a record by its number: at that place in the table, or before it if the entry was cleaned.
+    fn seek(&self, number: u32) -> Result<(RecordHead, usize), Miss> {
+        let (mut from, mut to) = (0, self.header.records);
+        let mut nth = number.min(to.saturating_sub(1));
+        while from < to {
+            let (head, at) = self.nth(nth)?;
+            match head.number().cmp(&number) {
+                std::cmp::Ordering::Equal => return Ok((head, at)),
+                std::cmp::Ordering::Less => from = nth + 1,
+                std::cmp::Ordering::Greater => to = nth,
+            }
+            nth = from + (to - from) / 2;
+        }
+        Err(Miss::Absent)
+    }
+
+    fn nth(&self, nth: u32) -> Result<(RecordHead, usize), Miss> {
+        let mut slot = [0; 4];
+        let slot_at = table_slot_at(&self.header, nth);
+        self.segment
+            .fill(self.position + slot_at as u64, &mut slot)
+            .map_err(Miss::Read)?;
+        let at = u32::from_le_bytes(slot) as usize;
+        if at < HEADER_BYTES || at + RECORD_HEADER_BYTES > slot_at {
+            return Err(Miss::Damaged);
+        }
+        let mut head = [0; RECORD_HEADER_BYTES];
+        self.segment
+            .fill(self.position + at as u64, &mut head)
+            .map_err(Miss::Read)?;
+        Ok((RecordHead::decode(&head).ok_or(Miss::Damaged)?, at))
+    }
+}

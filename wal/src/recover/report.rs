@@ -1,0 +1,57 @@
+//! What opening a log found out.
+
+use crate::entry::LogIndex;
+use crate::error::IndexRange;
+use crate::segment::{SegmentDefect, SegmentId};
+
+/// For the operator's log and metrics.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RecoveryReport {
+    /// The store was made by this opening.
+    pub fresh: bool,
+    /// The recovery epoch of this start.
+    pub epoch: u32,
+    /// Where the snapshot that replay begins behind stands.
+    pub snapshot: Option<LogIndex>,
+    /// Numbers of snapshots that the manifest names and that cannot be read.
+    pub snapshots_lost: Vec<u64>,
+    /// Segments that had to be scanned because they were not sealed: none after a clean stop.
+    pub scanned: usize,
+    /// Never acknowledged bytes that were cut.
+    pub torn: Vec<TornTail>,
+    /// Segments that are lost as a whole.
+    pub lost: Vec<SegmentDamage>,
+    /// Damaged acknowledged entries in segments that were not sealed, skips left out.
+    pub damaged: Vec<IndexRange>,
+}
+
+impl RecoveryReport {
+    /// The log was closed before, and nothing is wrong.
+    pub fn is_clean(&self) -> bool {
+        self.scanned == 0
+            && self.torn.is_empty()
+            && self.lost.is_empty()
+            && self.damaged.is_empty()
+            && self.snapshots_lost.is_empty()
+    }
+}
+
+/// Bytes behind the last entry that anything vouches for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TornTail {
+    pub segment: SegmentId,
+    /// The index that was expected where they begin.
+    pub index: LogIndex,
+    pub position: u64,
+    pub bytes: u64,
+    /// The file they were copied to; none if the disk was full.
+    pub saved_as: Option<String>,
+}
+
+/// A segment that the manifest names and that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentDamage {
+    pub segment: SegmentId,
+    pub range: IndexRange,
+    pub defect: SegmentDefect,
+}

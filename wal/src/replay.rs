@@ -1,0 +1,173 @@
+//! Folding what was recovered: every entry behind the snapshot, in order.
+//!
+//! Stops at the first damage that nobody accepted: what follows it must not be applied, because it was
+//! decided on a state that cannot be known any more.
+
+use std::sync::Arc;
+
+use crate::directory::{Spot, Unreadable};
+use crate::entry::{EntryHeader, EntryKind, LogIndex, Place, check_payload};
+use crate::error::{IndexRange, LogError, ReadError};
+use crate::log::{Health, Log, RowSink};
+use crate::record::Records;
+use crate::segment::Contents;
+use crate::storage::{Storage, StorageFile};
+use crate::tables::{Body, Segment};
+
+/// One entry to be applied.
+#[derive(Clone, Debug)]
+pub struct ReplayEntry<'a> {
+    pub index: LogIndex,
+    /// The recovery epoch in which it was written.
+    pub epoch: u32,
+    records: Records<'a>,
+}
+
+/// One record to be applied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReplayRecord<'a> {
+    pub place: Place,
+    pub stamp: u64,
+    pub kind: u8,
+    pub body: &'a [u8],
+}
+
+impl<'a> ReplayEntry<'a> {
+    pub fn records(&self) -> impl Iterator<Item = ReplayRecord<'a>> + use<'a> {
+        let index = self.index;
+        self.records.clone().map(move |record| ReplayRecord {
+            place: Place {
+                index,
+                record: record.number,
+            },
+            stamp: record.stamp,
+            kind: record.kind,
+            body: record.body,
+        })
+    }
+}
+
+/// How replay ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReplayEnd {
+    /// All is applied and the log takes writes.
+    Healthy,
+    /// Everything before `range` is applied. The log stays read-only.
+    Damaged { range: IndexRange },
+}
+
+impl<S: Storage> Log<S> {
+    /// Hands every entry behind the snapshot to `apply`, which adds the rows it decides on to the sink;
+    /// blank entries are left out. Afterwards the log takes writes, unless it is damaged.
+    pub fn replay(
+        &mut self,
+        mut apply: impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>),
+    ) -> Result<ReplayEnd, LogError> {
+        if matches!(self.health, Health::Good | Health::Poisoned) {
+            self.check_writable()?;
+            return Ok(ReplayEnd::Healthy);
+        }
+        let mut segments: Vec<_> = self.tables.read().iter().cloned().collect();
+        segments.retain(|segment| segment.last() > self.applied);
+        for segment in segments {
+            if let Some(range) = self.replay_segment(&segment, &mut apply)? {
+                self.health = Health::Damaged(range);
+                return Ok(ReplayEnd::Damaged { range });
+            }
+        }
+        if let Some(range) = self.gap_to(self.durable.next()) {
+            self.health = Health::Damaged(range);
+            return Ok(ReplayEnd::Damaged { range });
+        }
+        self.health = Health::Good;
+        self.seal_ended(0)?;
+        Ok(ReplayEnd::Healthy)
+    }
+
+    fn replay_segment(
+        &mut self,
+        segment: &Arc<Segment<S::File>>,
+        apply: &mut impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>),
+    ) -> Result<Option<IndexRange>, LogError> {
+        if segment.contents == Contents::Sparse {
+            let first = segment.first.max(self.applied.next());
+            return Ok(Some(IndexRange {
+                first,
+                last: segment.last(),
+            }));
+        }
+        let mut entry = Vec::new();
+        for spot in spots(segment, self.applied)? {
+            if let Some(range) = self.gap_to(spot.index) {
+                return Ok(Some(range));
+            }
+            let here = IndexRange {
+                first: spot.index,
+                last: spot.index,
+            };
+            entry.resize(spot.bytes(), 0);
+            segment.fill(spot.position(), &mut entry)?;
+            let Some(header) = check(segment, spot, &entry) else {
+                if self.manifest.state().is_skipped(spot.index) {
+                    self.applied = spot.index;
+                    continue;
+                }
+                return Ok(Some(here));
+            };
+            if header.kind == EntryKind::Normal {
+                let records = Records::new(&header, &entry);
+                let replayed = ReplayEntry {
+                    index: header.index,
+                    epoch: header.epoch,
+                    records,
+                };
+                apply(
+                    replayed,
+                    &mut RowSink {
+                        tables: &self.tables,
+                    },
+                );
+            }
+            self.applied = spot.index;
+        }
+        Ok(self.gap_to(segment.last().next()))
+    }
+
+    /// Steps over skipped entries before `next`; the range that is missing, if one is.
+    fn gap_to(&mut self, next: LogIndex) -> Option<IndexRange> {
+        while self.applied.next() < next {
+            let missing = self.applied.next();
+            if !self.manifest.state().is_skipped(missing) {
+                return Some(IndexRange {
+                    first: missing,
+                    last: next.previous(),
+                });
+            }
+            self.applied = missing;
+        }
+        None
+    }
+}
+
+/// Where the entries above `after` stand.
+fn spots<F: StorageFile>(segment: &Segment<F>, after: LogIndex) -> Result<Vec<Spot>, ReadError> {
+    let mut spots = match &segment.body {
+        Body::Open { table, .. } => table.read().spots.clone(),
+        Body::Sealed(sealed) => {
+            let mut directory = sealed.directory();
+            let all = (0..sealed.footer.entries).map(|nth| directory.nth_spot(nth));
+            all.collect::<Result<_, _>>()
+                .map_err(|Unreadable| segment.damaged())?
+        }
+        Body::Lost { .. } => Vec::new(),
+    };
+    spots.retain(|spot| spot.index > after);
+    Ok(spots)
+}
+
+fn check<F>(segment: &Segment<F>, spot: Spot, entry: &[u8]) -> Option<EntryHeader> {
+    let (header, _) = EntryHeader::decode(entry).ok()?;
+    let expected = (spot.index, segment.uuid, spot.position());
+    let here = (header.index, header.segment, header.position) == expected;
+    (here && check_payload(&header, entry).is_ok()).then_some(header)
+}

@@ -1,0 +1,191 @@
+//! Reading a segment that was not sealed: which of its bytes are entries.
+//!
+//! Owns the walk, past the page cache, over the entries and behind the first bad one. Judging what a
+//! bad stretch means (torn or damaged) is recovery's business.
+//!
+//! Invariants: what is returned as good passed every check, and its index is above the good ones before
+//! it. Behind bad bytes every block is tried, because a later entry may be whole, and its header vouches
+//! for what came before.
+
+use std::io;
+
+use xxhash_rust::xxh3::Xxh3;
+
+use crate::directory::{Spot, is_directory_block};
+use crate::entry::{Defect, EntryHeader, HEADER_BYTES, LogIndex, check_payload};
+use crate::segment::{ENTRIES_START, is_footer};
+use crate::storage::{BLOCK_BYTES, StorageFile};
+
+/// What a walk over one segment found.
+pub(crate) struct Scan {
+    pub spots: Vec<Spot>,
+    pub records: u64,
+    /// Over the good entries' headers; see the footer.
+    pub digest: Xxh3,
+    pub last_crc: u32,
+    /// The durable index and epoch of every header that is whole, even where its payload is not.
+    pub vouchers: Vec<(LogIndex, u32)>,
+    /// Where the unbroken run of entries from the start ends, and the index expected there.
+    pub run_end: u64,
+    pub run_next: LogIndex,
+    /// What is wrong there; `None` if zeros or an interrupted sealing follow and nothing else.
+    pub defect: Option<Defect>,
+    /// Behind the last entry or the last byte that is not zero.
+    pub used_end: u64,
+    /// Behind the last good entry.
+    pub entries_end: u64,
+}
+
+/// Which segment is walked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Expect {
+    pub uuid: [u8; 16],
+    pub epoch: u32,
+    pub first: LogIndex,
+    /// Nothing at or behind this position is looked at.
+    pub end: Option<u64>,
+}
+
+/// Walks the segment. Every header with the right checksum is handed to `visit` with the entry's bytes
+/// if they are good.
+pub(crate) fn scan<F: StorageFile>(file: &F, expect: Expect) -> io::Result<Scan> {
+    let end = expect.end.map_or_else(|| file.len(), Ok)?;
+    let mut window = Window::new(file, end);
+    let mut scan = Scan {
+        spots: Vec::new(),
+        records: 0,
+        digest: Xxh3::new(),
+        last_crc: 0,
+        vouchers: Vec::new(),
+        run_end: ENTRIES_START,
+        run_next: expect.first,
+        defect: None,
+        used_end: ENTRIES_START,
+        entries_end: ENTRIES_START,
+    };
+    let mut at = ENTRIES_START;
+    while at < end {
+        at = scan.step(&mut window, expect, at)?;
+    }
+    Ok(scan)
+}
+
+impl Scan {
+    /// Judges what stands at `at`; returns where to go on.
+    fn step<F: StorageFile>(
+        &mut self,
+        window: &mut Window<'_, F>,
+        expect: Expect,
+        at: u64,
+    ) -> io::Result<u64> {
+        let block = window.get(at, BLOCK_BYTES)?;
+        let (header, crc) = match header_at(block, expect, at) {
+            Ok(found) => found,
+            Err(defect) => {
+                let sealing = is_directory_block(block, expect.uuid) || is_footer(block);
+                if !sealing && block.iter().any(|&byte| byte != 0) {
+                    self.used_end = at + block.len() as u64;
+                    self.defect.get_or_insert(defect);
+                }
+                return Ok(at + BLOCK_BYTES as u64);
+            }
+        };
+        self.vouchers.push((header.durable, header.epoch));
+        let disk_bytes = header.disk_bytes();
+        let next = at + disk_bytes as u64;
+        self.used_end = next.min(window.end);
+        let judged = check_payload(&header, window.get(at, disk_bytes)?)
+            .and_then(|()| self.check_order(&header, at));
+        match judged {
+            Ok(()) => self.take(&header, crc, at),
+            Err(defect) => {
+                self.defect.get_or_insert(defect);
+            }
+        }
+        Ok(next)
+    }
+
+    fn check_order(&self, header: &EntryHeader, at: u64) -> Result<(), Defect> {
+        let last = self.spots.last().map(|spot| spot.index);
+        let in_run = at == self.run_end;
+        if in_run && header.index != self.run_next {
+            return Err(Defect::Index);
+        }
+        // Behind bad bytes; those stand where `run_next` should be.
+        if !in_run
+            && (header.index <= self.run_next || last.is_some_and(|last| header.index <= last))
+        {
+            return Err(Defect::Index);
+        }
+        if in_run && last.is_some() && header.previous_crc != self.last_crc {
+            return Err(Defect::Chain);
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, header: &EntryHeader, crc: u32, at: u64) {
+        let blocks = header.disk_bytes() / BLOCK_BYTES;
+        self.spots.push(Spot {
+            index: header.index,
+            block: (at / BLOCK_BYTES as u64) as u32,
+            blocks: blocks as u32,
+        });
+        self.records += u64::from(header.records);
+        self.digest.update(&header.encode().0);
+        self.last_crc = crc;
+        self.entries_end = at + header.disk_bytes() as u64;
+        if at == self.run_end {
+            self.run_end = self.entries_end;
+            self.run_next = header.index.next();
+        }
+    }
+}
+
+fn header_at(block: &[u8], expect: Expect, at: u64) -> Result<(EntryHeader, u32), Defect> {
+    let (header, crc) = EntryHeader::decode(block.get(..HEADER_BYTES).ok_or(Defect::Length)?)?;
+    let here =
+        header.segment == expect.uuid && header.epoch == expect.epoch && header.position == at;
+    if here {
+        Ok((header, crc))
+    } else {
+        Err(Defect::Foreign)
+    }
+}
+
+/// Reads ahead, so that small entries cost no call each.
+pub(crate) struct Window<'a, F> {
+    file: &'a F,
+    bytes: Vec<u8>,
+    start: u64,
+    end: u64,
+}
+
+impl<'a, F: StorageFile> Window<'a, F> {
+    pub fn new(file: &'a F, end: u64) -> Window<'a, F> {
+        Window {
+            file,
+            bytes: Vec::new(),
+            start: 0,
+            end,
+        }
+    }
+
+    /// The bytes at a position; fewer at the end.
+    pub fn get(&mut self, at: u64, len: usize) -> io::Result<&[u8]> {
+        let wanted = (len as u64).min(self.end.saturating_sub(at));
+        let held_to = self.start + self.bytes.len() as u64;
+        if at < self.start || at + wanted > held_to {
+            let ahead = wanted.max(WINDOW_BYTES).min(self.end.saturating_sub(at));
+            self.bytes
+                .resize(usize::try_from(ahead).map_err(io::Error::other)?, 0);
+            self.start = at;
+            let read = self.file.read_uncached_at(at, &mut self.bytes)?;
+            self.bytes.truncate(read);
+        }
+        let from = ((at - self.start) as usize).min(self.bytes.len());
+        let to = (from + wanted as usize).min(self.bytes.len());
+        Ok(&self.bytes[from..to])
+    }
+}
+
+const WINDOW_BYTES: u64 = 1 << 20;

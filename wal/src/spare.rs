@@ -1,0 +1,104 @@
+//! Spare segments: files filled with zeros before they are needed.
+//!
+//! Owns their names and the job that fills one. Syncing onto blocks that were written before takes half
+//! as long as onto fallocated or growing ones, and a start on a full disk needs no new space. A file
+//! is called spare only after its zeros are durable; one that was not finished is deleted at the next
+//! opening.
+
+use std::io;
+
+use crate::buffer::BufferPool;
+use crate::error::JobError;
+use crate::storage::{Storage, StorageFile};
+
+/// Makes one spare segment. [`run`](Self::run) writes `segment_bytes` of zeros.
+pub struct SpareJob<S: Storage> {
+    storage: S,
+    pool: BufferPool,
+    number: u64,
+    bytes: u64,
+}
+
+/// What a [`SpareJob`] made; for `Log::install_spare`.
+#[derive(Debug)]
+pub struct SpareDone(pub(crate) Spare);
+
+#[derive(Clone, Debug)]
+pub(crate) struct Spare {
+    pub number: u64,
+    pub bytes: u64,
+}
+
+impl Spare {
+    pub fn name(&self) -> String {
+        spare_name(self.number)
+    }
+}
+
+impl<S: Storage> SpareJob<S> {
+    pub(crate) fn new(storage: S, pool: BufferPool, number: u64, bytes: u64) -> SpareJob<S> {
+        SpareJob {
+            storage,
+            pool,
+            number,
+            bytes,
+        }
+    }
+
+    pub fn run(self) -> Result<SpareDone, JobError> {
+        let unfinished = unfinished_name(self.number);
+        self.fill(&unfinished).map_err(|source| {
+            // Best effort: an unfinished spare is deleted at the next opening anyway.
+            let _ = self.storage.remove(&unfinished);
+            JobError {
+                what: "fill",
+                file: unfinished.clone(),
+                source,
+            }
+        })?;
+        Ok(SpareDone(Spare {
+            number: self.number,
+            bytes: self.bytes,
+        }))
+    }
+
+    fn fill(&self, unfinished: &str) -> io::Result<()> {
+        let file = self.storage.create(unfinished)?;
+        file.preallocate(self.bytes)?;
+        let mut zeros = self.pool.take(FILL_BYTES);
+        zeros.resize(FILL_BYTES);
+        let mut at = 0;
+        while at < self.bytes {
+            let step = FILL_BYTES.min((self.bytes - at) as usize);
+            file.write_at(at, &zeros[..step])?;
+            at += step as u64;
+        }
+        file.sync_data()?;
+        self.storage.rename(unfinished, &spare_name(self.number))?;
+        self.storage.sync_dir()
+    }
+}
+
+pub(crate) fn spare_name(number: u64) -> String {
+    format!("spare-{number:016x}")
+}
+
+fn unfinished_name(number: u64) -> String {
+    format!("spare-{number:016x}.new")
+}
+
+/// What a file called like a spare is.
+pub(crate) enum SpareName {
+    Ready(u64),
+    Unfinished,
+}
+
+pub(crate) fn parse_spare_name(name: &str) -> Option<SpareName> {
+    let rest = name.strip_prefix("spare-")?;
+    if rest.ends_with(".new") {
+        return Some(SpareName::Unfinished);
+    }
+    u64::from_str_radix(rest, 16).ok().map(SpareName::Ready)
+}
+
+const FILL_BYTES: usize = 1 << 20;

@@ -1,5 +1,6 @@
 //! The Millpond broker: QUIC sessions, the shard, HTTP, configuration.
 
+pub mod clock;
 pub mod config;
 pub mod identity;
 mod small_file;

@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod config;
 pub mod identity;
+pub mod memory;
 mod small_file;
 mod start_error;
 pub mod tls;

@@ -7,6 +7,7 @@ pub mod memory;
 mod small_file;
 mod start_error;
 pub mod tls;
+pub mod token;
 pub mod transport;
 
 pub use config::{Config, ConfigError};

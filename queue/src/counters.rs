@@ -1,0 +1,43 @@
+//! Monotonic metrics: what has happened since this process began. Volatile; gauges are in the views.
+
+use std::collections::BTreeMap;
+
+use millpond_protocol::control::DeadReason;
+
+use crate::record::FailureKind;
+
+/// Counts since the process began, replay included.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Messages appended.
+    pub published: u64,
+    /// Messages that were there already.
+    pub dedup_hits: u64,
+    pub producers_fenced: u64,
+    /// Publishes refused because of a gap.
+    pub sequence_gaps: u64,
+    /// Hand-outs.
+    pub delivered: u64,
+    pub acked: u64,
+    pub released: u64,
+    /// Settlements refused because the lease was lost.
+    pub settlements_late: u64,
+    /// Failed attempts by kind and the user's code; at most `FAILURE_CODES_MAX` pairs, more are
+    /// counted under code `u32::MAX`.
+    pub failures: BTreeMap<(FailureKind, u32), u64>,
+    pub dead: BTreeMap<DeadReason, u64>,
+    /// Leases lost, by reason as the wire names it.
+    pub leases_lost: BTreeMap<&'static str, u64>,
+    pub redriven: u64,
+    pub purged: u64,
+    /// How late redeliveries were proposed: counts of at most 1, 2, 5, 10, 20, 50, 100, 1,000 ms,
+    /// and more.
+    pub redelivery_late: [u64; 9],
+    /// The sum of that, in microseconds.
+    pub redelivery_late_us: u64,
+}
+
+/// Upper bounds of `Counters::redelivery_late`, in milliseconds; the last bucket has none.
+pub const LATE_BUCKETS_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 1_000];
+/// Most pairs of kind and code in `Counters::failures`.
+pub const FAILURE_CODES_MAX: usize = 1_000;

@@ -18,16 +18,22 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 
+use millpond_protocol::{ErrorCode, TopicId, WireError};
 use parking_lot::Mutex;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// The whole budget. Clones are the same budget.
+use crate::config::MemoryConfig;
+
+/// The whole budget and its shares. Clones are the same budget.
 #[derive(Clone, Debug)]
 pub struct MemoryBudget(Arc<Budget>);
 
 #[derive(Debug)]
 struct Budget {
-    whole: Share,
+    whole: Arc<Part>,
+    connection_bytes: u64,
+    tokens: Bulkheads<String>,
+    topics: Bulkheads<TopicId>,
     used: [AtomicU64; Class::ALL.len()],
     waiting: AtomicUsize,
 }
@@ -39,39 +45,27 @@ pub enum Class {
     Inbound,
     /// Messages on their way out, until the transport has them.
     Outbound,
-    /// Bodies kept to be delivered without reading them again.
-    Cache,
 }
 
 impl Class {
-    pub const ALL: [Self; 3] = [Self::Inbound, Self::Outbound, Self::Cache];
+    pub const ALL: [Self; 2] = [Self::Inbound, Self::Outbound];
 
+    /// As metrics spell it.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
             Self::Inbound => "inbound",
             Self::Outbound => "outbound",
-            Self::Cache => "cache",
         }
     }
 }
 
-/// One user's part of the budget. Clones are the same part.
+/// On whose account permits go: one connection, its token, perhaps a topic. Clones are the same.
 #[derive(Clone, Debug)]
-pub struct Share(Arc<Part>);
-
-#[derive(Debug)]
-struct Part {
-    free: Arc<Semaphore>,
-    limit: u64,
-}
-
-/// On whose account a permit goes; those left out are not limited.
-#[derive(Clone, Debug, Default)]
-pub struct Shares {
-    pub connection: Option<Share>,
-    pub token: Option<Share>,
-    pub topic: Option<Share>,
+pub struct Share {
+    connection: Arc<Part>,
+    token: Option<Arc<Part>>,
+    topic: Option<Arc<Part>>,
 }
 
 /// Bytes that may be allocated; given back when it is dropped.
@@ -80,11 +74,13 @@ pub struct Permit {
     budget: Arc<Budget>,
     class: Class,
     bytes: u32,
-    /// One of each place that was entered; dropping them gives the bytes back.
-    _held: [Option<OwnedSemaphorePermit>; 4],
+    /// One of each part that was entered; dropping them gives the bytes back.
+    _held: Held,
 }
 
-/// How full a budget or share is.
+type Held = [Option<OwnedSemaphorePermit>; 4];
+
+/// How full a budget or share is: what slows a sender down.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Pressure {
     /// Less than 70 %.
@@ -98,29 +94,62 @@ pub enum Pressure {
 /// Why a permit cannot be waited for.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refused {
-    #[error("{bytes} bytes can never be had: the limit is {limit}")]
+    #[error("{bytes} bytes are more than the broker's memory limits ever allow ({limit})")]
     TooLarge { bytes: u64, limit: u64 },
-    #[error("too many requests wait for memory; try again later")]
+    #[error("too many requests wait for the broker's memory; try again later")]
     Crowded,
 }
 
+impl From<Refused> for WireError {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::TooLarge { .. } => Self::new(ErrorCode::TooLarge, refused.to_string()),
+            Refused::Crowded => {
+                Self::new(ErrorCode::Memory, refused.to_string()).retry_after(CROWDED_RETRY_MS)
+            }
+        }
+    }
+}
+
 impl MemoryBudget {
-    /// A budget of `limit` bytes.
+    /// The budget that `config` allows.
     #[must_use]
-    pub fn new(limit: u64) -> Self {
+    pub fn new(config: &MemoryConfig) -> Self {
         Self(Arc::new(Budget {
-            whole: Share::new(limit),
+            whole: Part::new(config.budget_bytes),
+            connection_bytes: config.connection_bytes(),
+            tokens: Bulkheads::new(config.token_bytes()),
+            topics: Bulkheads::new(config.topic_bytes()),
             used: Default::default(),
             waiting: AtomicUsize::new(0),
         }))
     }
 
+    /// The share of a new connection, within that of its token if it showed one.
+    #[must_use]
+    pub fn connection(&self, token: Option<&str>) -> Share {
+        Share {
+            connection: Part::new(self.0.connection_bytes),
+            token: token.map(|name| self.0.tokens.part(name)),
+            topic: None,
+        }
+    }
+
+    /// `share` within that of `topic` as well: for what is published there.
+    #[must_use]
+    pub fn topic(&self, share: &Share, topic: TopicId) -> Share {
+        Share {
+            topic: Some(self.0.topics.part(&topic)),
+            ..share.clone()
+        }
+    }
+
     /// A permit if there is room now and nobody waits for it.
     #[must_use]
-    pub fn try_acquire(&self, bytes: u64, class: Class, shares: &Shares) -> Option<Permit> {
+    pub fn try_acquire(&self, bytes: u64, class: Class, share: &Share) -> Option<Permit> {
         let amount = u32::try_from(bytes).ok()?;
-        let mut held = [const { None }; 4];
-        for (slot, part) in held.iter_mut().zip(self.parts(shares)) {
+        let mut held = Held::default();
+        for (slot, part) in held.iter_mut().zip(self.parts(share)) {
             *slot = match part {
                 Some(part) => Some(part.try_take(amount)?),
                 None => None,
@@ -137,25 +166,25 @@ impl MemoryBudget {
         &self,
         bytes: u64,
         class: Class,
-        shares: &Shares,
+        share: &Share,
     ) -> Result<Permit, Refused> {
-        if let Some(permit) = self.try_acquire(bytes, class, shares) {
+        if let Some(permit) = self.try_acquire(bytes, class, share) {
             return Ok(permit);
         }
-        let limit = self
-            .parts(shares)
+        let limits = self
+            .parts(share)
             .into_iter()
             .flatten()
-            .map(|part| part.0.limit)
-            .fold(u64::from(u32::MAX), u64::min);
+            .map(|part| part.limit);
+        let limit = limits.fold(u64::from(u32::MAX), u64::min);
         let too_large = Refused::TooLarge { bytes, limit };
         let amount = u32::try_from(bytes).map_err(|_| too_large)?;
         if bytes > limit {
             return Err(too_large);
         }
         let _seat = Seat::take(&self.0)?;
-        let mut held = [const { None }; 4];
-        for (slot, part) in held.iter_mut().zip(self.parts(shares)) {
+        let mut held = Held::default();
+        for (slot, part) in held.iter_mut().zip(self.parts(share)) {
             if let Some(part) = part {
                 *slot = Some(part.take(amount).await);
             }
@@ -166,7 +195,7 @@ impl MemoryBudget {
     /// The budget in bytes.
     #[must_use]
     pub fn limit(&self) -> u64 {
-        self.0.whole.0.limit
+        self.0.whole.limit
     }
 
     /// Bytes of live permits of `class`.
@@ -189,16 +218,16 @@ impl MemoryBudget {
 
     /// In the order in which they are entered: narrow ones first, so that who waits for their own
     /// holds nothing of everybody's.
-    fn parts<'a>(&'a self, shares: &'a Shares) -> [Option<&'a Share>; 4] {
+    fn parts<'a>(&'a self, share: &'a Share) -> [Option<&'a Arc<Part>>; 4] {
         [
-            shares.connection.as_ref(),
-            shares.token.as_ref(),
-            shares.topic.as_ref(),
+            Some(&share.connection),
+            share.token.as_ref(),
+            share.topic.as_ref(),
             Some(&self.0.whole),
         ]
     }
 
-    fn permit(&self, bytes: u32, class: Class, held: [Option<OwnedSemaphorePermit>; 4]) -> Permit {
+    fn permit(&self, bytes: u32, class: Class, held: Held) -> Permit {
         self.0.used[class as usize].fetch_add(u64::from(bytes), Ordering::Relaxed);
         Permit {
             budget: self.0.clone(),
@@ -210,50 +239,15 @@ impl MemoryBudget {
 }
 
 impl Share {
-    /// A part of at most `limit` bytes.
-    #[must_use]
-    pub fn new(limit: u64) -> Self {
-        let permits = usize::try_from(limit)
-            .unwrap_or(Semaphore::MAX_PERMITS)
-            .min(Semaphore::MAX_PERMITS);
-        Self(Arc::new(Part {
-            free: Arc::new(Semaphore::new(permits)),
-            limit: permits as u64,
-        }))
-    }
-
-    /// Bytes of live permits on this account.
-    #[must_use]
-    pub fn used(&self) -> u64 {
-        self.0
-            .limit
-            .saturating_sub(self.0.free.available_permits() as u64)
-    }
-
-    /// How full this part is.
+    /// How full the fullest of its parts is: quota, not memory, slows this one down.
     #[must_use]
     pub fn pressure(&self) -> Pressure {
-        let used = self.used();
-        if used >= self.0.limit / 10 * 9 {
-            Pressure::High
-        } else if used >= self.0.limit / 10 * 7 {
-            Pressure::Raised
-        } else {
-            Pressure::Calm
-        }
-    }
-
-    fn try_take(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
-        match self.0.free.clone().try_acquire_many_owned(bytes) {
-            Ok(permit) => Some(permit),
-            Err(TryAcquireError::NoPermits) => None,
-            Err(TryAcquireError::Closed) => unreachable!("a share's semaphore is never closed"),
-        }
-    }
-
-    async fn take(&self, bytes: u32) -> OwnedSemaphorePermit {
-        let taken = self.0.free.clone().acquire_many_owned(bytes).await;
-        taken.expect("a share's semaphore is never closed")
+        let others = [&self.token, &self.topic];
+        others
+            .into_iter()
+            .flatten()
+            .map(|part| part.pressure())
+            .fold(self.connection.pressure(), Pressure::max)
     }
 }
 
@@ -268,6 +262,50 @@ impl Permit {
 impl Drop for Permit {
     fn drop(&mut self) {
         self.budget.used[self.class as usize].fetch_sub(u64::from(self.bytes), Ordering::Relaxed);
+    }
+}
+
+/// A number of bytes that is given out and taken back.
+#[derive(Debug)]
+struct Part {
+    free: Arc<Semaphore>,
+    limit: u64,
+}
+
+impl Part {
+    fn new(limit: u64) -> Arc<Self> {
+        let permits = usize::try_from(limit)
+            .unwrap_or(Semaphore::MAX_PERMITS)
+            .min(Semaphore::MAX_PERMITS);
+        Arc::new(Self {
+            free: Arc::new(Semaphore::new(permits)),
+            limit: permits as u64,
+        })
+    }
+
+    fn used(&self) -> u64 {
+        let free = self.free.available_permits() as u64;
+        self.limit.saturating_sub(free)
+    }
+
+    fn pressure(&self) -> Pressure {
+        let used = self.used();
+        if used >= self.limit / 10 * 9 {
+            Pressure::High
+        } else if used >= self.limit / 10 * 7 {
+            Pressure::Raised
+        } else {
+            Pressure::Calm
+        }
+    }
+
+    fn try_take(&self, bytes: u32) -> Option<OwnedSemaphorePermit> {
+        self.free.clone().try_acquire_many_owned(bytes).ok()
+    }
+
+    async fn take(&self, bytes: u32) -> OwnedSemaphorePermit {
+        let taken = self.free.clone().acquire_many_owned(bytes).await;
+        taken.expect("a part's semaphore is never closed")
     }
 }
 
@@ -290,11 +328,11 @@ impl Drop for Seat<'_> {
     }
 }
 
-/// Shares by key (a topic, a token): made when first asked for, gone when nobody holds them.
+/// Parts by key: made when first asked for, gone when nobody holds them.
 #[derive(Debug)]
-pub struct Bulkheads<K> {
+struct Bulkheads<K> {
     limit: u64,
-    shares: Mutex<Table<K>>,
+    table: Mutex<Table<K>>,
 }
 
 #[derive(Debug)]
@@ -305,211 +343,222 @@ struct Table<K> {
 }
 
 impl<K: Ord> Bulkheads<K> {
-    /// Shares of `limit` bytes each.
-    #[must_use]
-    pub fn new(limit: u64) -> Self {
+    fn new(limit: u64) -> Self {
         Self {
             limit,
-            shares: Mutex::new(Table {
+            table: Mutex::new(Table {
                 by_key: BTreeMap::new(),
                 sweep_at: SWEEP_AT_MIN,
             }),
         }
     }
 
-    /// The share of `key`. All who ask while somebody holds it get the same one.
-    #[must_use]
-    pub fn share<Q: Ord + ToOwned<Owned = K> + ?Sized>(&self, key: &Q) -> Share
+    /// All who ask while somebody holds the part of `key` get the same one.
+    fn part<Q: Ord + ToOwned<Owned = K> + ?Sized>(&self, key: &Q) -> Arc<Part>
     where
         K: Borrow<Q>,
     {
-        let mut table = self.shares.lock();
+        let mut table = self.table.lock();
         if let Some(part) = table.by_key.get(key).and_then(Weak::upgrade) {
-            return Share(part);
+            return part;
         }
         if table.by_key.len() >= table.sweep_at {
             table.by_key.retain(|_, part| part.strong_count() > 0);
             table.sweep_at = (table.by_key.len() * 2).max(SWEEP_AT_MIN);
         }
-        let share = Share::new(self.limit);
-        table
-            .by_key
-            .insert(key.to_owned(), Arc::downgrade(&share.0));
-        share
+        let part = Part::new(self.limit);
+        table.by_key.insert(key.to_owned(), Arc::downgrade(&part));
+        part
     }
 }
 
 /// Most requests that may wait for memory at once; each is a stream that has read a frame header.
 pub const WAITING_MAX: usize = 65_536;
 const SWEEP_AT_MIN: usize = 64;
+const CROWDED_RETRY_MS: u32 = 1_000;
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn on_connection(share: &Share) -> Shares {
-        Shares {
-            connection: Some(share.clone()),
-            ..Shares::default()
+    /// 64 MiB in all; 20, 20 and 40 for a connection, a topic and a token.
+    fn budget() -> MemoryBudget {
+        let part = |mib: u64| mib << 20;
+        MemoryBudget(Arc::new(Budget {
+            whole: Part::new(part(64)),
+            connection_bytes: part(20),
+            tokens: Bulkheads::new(part(40)),
+            topics: Bulkheads::new(part(20)),
+            used: Default::default(),
+            waiting: AtomicUsize::new(0),
+        }))
+    }
+
+    fn try_mib(budget: &MemoryBudget, mib: u64, share: &Share) -> Option<Permit> {
+        budget.try_acquire(mib << 20, Class::Inbound, share)
+    }
+
+    /// Fills the budget up to `left` MiB.
+    fn fill_but(budget: &MemoryBudget, left: u64) -> Vec<Permit> {
+        let mut held = Vec::new();
+        for mib in [16, 16, 16, 16 - left] {
+            held.push(try_mib(budget, mib, &budget.connection(None)).unwrap());
         }
+        held
     }
 
     #[test]
     fn the_budget_is_debited_and_given_back() {
-        let budget = MemoryBudget::new(100);
-        let none = Shares::default();
-        let first = budget.try_acquire(60, Class::Inbound, &none).unwrap();
-        assert_eq!(first.bytes(), 60);
-        assert!(budget.try_acquire(41, Class::Outbound, &none).is_none());
-        let second = budget.try_acquire(40, Class::Outbound, &none).unwrap();
-        assert_eq!(
-            (budget.used(Class::Inbound), budget.used(Class::Outbound)),
-            (60, 40)
-        );
+        let budget = budget();
+        let (one, two) = (budget.connection(None), budget.connection(None));
+        let first = try_mib(&budget, 20, &one).unwrap();
+        let second = budget.try_acquire(7, Class::Outbound, &two).unwrap();
+        assert_eq!(second.bytes(), 7);
+        assert_eq!(budget.used(Class::Inbound), 20 << 20);
+        assert_eq!(budget.used(Class::Outbound), 7);
         drop((first, second));
         assert_eq!(budget.used(Class::Inbound), 0);
-        assert!(budget.try_acquire(100, Class::Cache, &none).is_some());
+        assert_eq!(budget.0.whole.used(), 0);
     }
 
     #[test]
-    fn a_full_share_leaves_the_budget_to_others() {
-        let budget = MemoryBudget::new(100);
-        let (greedy, modest) = (Share::new(50), Share::new(50));
-        let _held = budget
-            .try_acquire(50, Class::Inbound, &on_connection(&greedy))
-            .unwrap();
-        let refused = budget.try_acquire(1, Class::Inbound, &on_connection(&greedy));
-        assert!(refused.is_none());
-        let other = budget.try_acquire(50, Class::Inbound, &on_connection(&modest));
-        assert!(other.is_some());
+    fn a_full_connection_token_or_topic_leaves_the_budget_to_others() {
+        let budget = budget();
+        let own = budget.connection(None);
+        let _held = try_mib(&budget, 20, &own).unwrap();
+        assert!(try_mib(&budget, 1, &own).is_none(), "connection");
+        let other = budget.connection(None);
+        drop(try_mib(&budget, 20, &other).expect("another connection"));
+
+        let shared = budget.topic(&budget.connection(Some("a")), TopicId(1));
+        let same_topic = budget.topic(&budget.connection(Some("b")), TopicId(1));
+        let _topic_held = try_mib(&budget, 20, &shared).unwrap();
+        assert!(try_mib(&budget, 1, &same_topic).is_none(), "topic");
+
+        let second = budget.topic(&budget.connection(Some("a")), TopicId(2));
+        let _token_held = try_mib(&budget, 20, &second).unwrap();
+        let third = budget.connection(Some("a"));
+        assert!(try_mib(&budget, 1, &third).is_none(), "token");
+        assert!(try_mib(&budget, 4, &budget.connection(Some("b"))).is_some());
     }
 
     #[test]
     fn a_refused_request_leaves_no_debit_in_its_shares() {
-        let budget = MemoryBudget::new(10);
-        let share = Share::new(50);
-        assert!(
-            budget
-                .try_acquire(20, Class::Inbound, &on_connection(&share))
-                .is_none()
-        );
-        assert_eq!(share.used(), 0);
+        let budget = budget();
+        let _held = fill_but(&budget, 1);
+        let share = budget.topic(&budget.connection(Some("a")), TopicId(1));
+        assert!(try_mib(&budget, 2, &share).is_none());
+        assert_eq!(share.connection.used(), 0);
+        assert_eq!(share.token.unwrap().used(), 0);
+        assert_eq!(share.topic.unwrap().used(), 0);
     }
 
     #[tokio::test]
     async fn a_waiter_gets_what_another_gives_back() {
-        let budget = MemoryBudget::new(100);
-        let none = Shares::default();
-        let held = budget.try_acquire(80, Class::Inbound, &none).unwrap();
-        let waiting = tokio::spawn({
-            let budget = budget.clone();
-            async move { budget.acquire(50, Class::Inbound, &Shares::default()).await }
-        });
-        while budget.waiting() == 0 {
-            tokio::task::yield_now().await;
-        }
+        let budget = budget();
+        let held = fill_but(&budget, 1);
+        let share = budget.connection(None);
+        let waiting = budget.acquire(10 << 20, Class::Inbound, &share);
+        tokio::pin!(waiting);
+        assert!(is_pending(waiting.as_mut()).await);
+        assert_eq!(budget.waiting(), 1);
         drop(held);
-        let permit = waiting.await.unwrap().unwrap();
-        assert_eq!(permit.bytes(), 50);
-        assert_eq!((budget.used(Class::Inbound), budget.waiting()), (50, 0));
+        assert_eq!(waiting.await.unwrap().bytes(), 10 << 20);
+        assert_eq!((budget.waiting(), budget.used(Class::Inbound)), (0, 0));
     }
 
     #[tokio::test]
     async fn a_large_request_is_not_overtaken_by_small_ones() {
-        let budget = MemoryBudget::new(100);
-        let none = Shares::default();
-        let held = budget.try_acquire(80, Class::Inbound, &none).unwrap();
-        let large = budget.acquire(90, Class::Inbound, &none);
+        let budget = budget();
+        let held = fill_but(&budget, 4);
+        let (share, other) = (budget.connection(None), budget.connection(None));
+        let large = budget.acquire(20 << 20, Class::Inbound, &share);
         tokio::pin!(large);
         assert!(is_pending(large.as_mut()).await);
-        let small = budget.try_acquire(10, Class::Inbound, &none);
-        assert!(small.is_none(), "the free bytes are kept for the large one");
+        let small = try_mib(&budget, 1, &other);
+        assert!(small.is_none(), "what is free is kept for the large one");
         drop(held);
-        assert_eq!(large.await.unwrap().bytes(), 90);
+        assert_eq!(large.await.unwrap().bytes(), 20 << 20);
+    }
+
+    #[tokio::test]
+    async fn who_waits_for_their_own_share_holds_nothing_of_everybodys() {
+        let budget = budget();
+        let share = budget.connection(None);
+        let _held = try_mib(&budget, 20, &share).unwrap();
+        let waiting = budget.acquire(20 << 20, Class::Inbound, &share);
+        tokio::pin!(waiting);
+        assert!(is_pending(waiting.as_mut()).await);
+        assert_eq!(budget.0.whole.used(), 20 << 20);
+        assert!(try_mib(&budget, 20, &budget.connection(None)).is_some());
     }
 
     #[tokio::test]
     async fn a_request_given_up_leaves_nothing_behind() {
-        let budget = MemoryBudget::new(100);
-        let share = Share::new(60);
-        let held = budget
-            .try_acquire(80, Class::Inbound, &Shares::default())
-            .unwrap();
+        let budget = budget();
+        let held = fill_but(&budget, 1);
+        let share = budget.connection(None);
         {
-            let shares = on_connection(&share);
-            let waiting = budget.acquire(50, Class::Inbound, &shares);
+            let waiting = budget.acquire(2 << 20, Class::Inbound, &share);
             tokio::pin!(waiting);
             assert!(is_pending(waiting.as_mut()).await);
-            assert_eq!((share.used(), budget.waiting()), (50, 1));
+            assert_eq!(share.connection.used(), 2 << 20);
         }
-        assert_eq!((share.used(), budget.waiting()), (0, 0));
+        assert_eq!((share.connection.used(), budget.waiting()), (0, 0));
         drop(held);
-        let all = budget.try_acquire(100, Class::Inbound, &Shares::default());
-        assert!(all.is_some());
+        assert_eq!(budget.0.whole.used(), 0);
     }
 
     #[tokio::test]
     async fn what_can_never_be_had_is_refused_at_once() {
-        let budget = MemoryBudget::new(100);
-        let shares = on_connection(&Share::new(60));
-        let refused = budget.acquire(61, Class::Inbound, &shares).await;
-        assert_eq!(
-            refused.unwrap_err(),
-            Refused::TooLarge {
-                bytes: 61,
-                limit: 60
-            }
-        );
-        let refused = budget.acquire(u64::MAX, Class::Inbound, &shares).await;
-        assert!(matches!(refused, Err(Refused::TooLarge { .. })));
+        let budget = budget();
+        let share = budget.connection(None);
+        for bytes in [(20 << 20) + 1, u64::MAX] {
+            let refused = budget.acquire(bytes, Class::Inbound, &share).await;
+            let limit = 20 << 20;
+            assert_eq!(refused.unwrap_err(), Refused::TooLarge { bytes, limit });
+        }
     }
 
     #[tokio::test]
     async fn only_so_many_may_wait() {
-        let budget = MemoryBudget::new(100);
-        let none = Shares::default();
-        let _held = budget.try_acquire(100, Class::Inbound, &none).unwrap();
+        let budget = budget();
+        let _held = fill_but(&budget, 0);
         budget.0.waiting.store(WAITING_MAX, Ordering::Relaxed);
-        let refused = budget.acquire(1, Class::Inbound, &none).await;
-        assert_eq!(refused.unwrap_err(), Refused::Crowded);
+        let share = budget.connection(None);
+        let refused = budget.acquire(1, Class::Inbound, &share).await;
+        let wire = WireError::from(refused.unwrap_err());
+        assert_eq!(wire.code, ErrorCode::Memory);
+        assert!(wire.retry_after_ms.is_some());
         assert_eq!(budget.waiting(), WAITING_MAX, "the refused one left");
     }
 
     #[test]
     fn pressure_rises_with_use() {
-        let budget = MemoryBudget::new(100);
-        let none = Shares::default();
+        let budget = budget();
         assert_eq!(budget.pressure(), Pressure::Calm);
-        let _first = budget.try_acquire(70, Class::Inbound, &none).unwrap();
+        let held = fill_but(&budget, 16);
         assert_eq!(budget.pressure(), Pressure::Raised);
-        let _second = budget.try_acquire(20, Class::Inbound, &none).unwrap();
+        let more = try_mib(&budget, 16, &budget.connection(None)).unwrap();
         assert_eq!(budget.pressure(), Pressure::High);
-        assert!(Pressure::High > Pressure::Raised);
+        drop((held, more));
+
+        let share = budget.topic(&budget.connection(Some("a")), TopicId(1));
+        let other = budget.topic(&budget.connection(Some("b")), TopicId(1));
+        let _held = try_mib(&budget, 19, &share).unwrap();
+        assert_eq!(other.pressure(), Pressure::High, "its topic is full");
+        assert_eq!(budget.pressure(), Pressure::Calm);
     }
 
     #[test]
-    fn a_key_has_one_share_while_somebody_holds_it() {
-        let topics = Bulkheads::<String>::new(50);
-        let budget = MemoryBudget::new(100);
-        let share = topics.share("orders");
-        let shares = Shares {
-            topic: Some(share),
-            ..Shares::default()
-        };
-        let _held = budget.try_acquire(30, Class::Inbound, &shares).unwrap();
-        assert_eq!(topics.share("orders").used(), 30);
-        assert_eq!(topics.share("mails").used(), 0);
-    }
-
-    #[test]
-    fn shares_that_nobody_holds_are_swept_out() {
-        let topics = Bulkheads::<u32>::new(50);
-        let kept = topics.share(&0);
-        for key in 1..10_000u32 {
-            let _ = topics.share(&key);
+    fn parts_that_nobody_holds_are_swept_out() {
+        let topics = Bulkheads::<TopicId>::new(50);
+        let kept = topics.part(&TopicId(0));
+        for id in 1..10_000 {
+            drop(topics.part(&TopicId(id)));
         }
-        assert!(topics.shares.lock().by_key.len() <= SWEEP_AT_MIN);
-        assert!(Arc::ptr_eq(&kept.0, &topics.share(&0).0));
+        assert!(topics.table.lock().by_key.len() <= SWEEP_AT_MIN);
+        assert!(Arc::ptr_eq(&kept, &topics.part(&TopicId(0))));
     }
 
     async fn is_pending<F: Future>(mut future: std::pin::Pin<&mut F>) -> bool {

@@ -21,6 +21,7 @@
 //! It deliberately gives topics and offsets no meaning; to the log they are keys.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use zerocopy::little_endian::{U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -174,13 +175,13 @@ pub(crate) fn directory_blocks(topics: u64, entries: u64, rows: u64) -> u64 {
 /// Searches a sealed segment's directory, a block at a time; nothing of it is kept.
 pub(crate) struct Directory<'a, R> {
     footer: &'a Footer,
-    /// Reads the block at a file position; `None` if the disk refuses.
+    /// Reads the block at a file position.
     read: R,
     /// The last block, because neighbours are asked for in a row.
     last: Option<(u64, [u8; BLOCK_BYTES])>,
 }
 
-impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool> Directory<'a, R> {
+impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> Directory<'a, R> {
     pub fn new(footer: &'a Footer, read: R) -> Directory<'a, R> {
         Directory {
             footer,
@@ -255,23 +256,28 @@ impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool> Directory<'a, R> {
         let at = BLOCK_HEADER_BYTES + (nth % T::PER_BLOCK) as usize * size_of::<T>();
         T::read_from_prefix(&block[at..])
             .map(|(item, _)| item)
-            .map_err(|_| Unreadable)
+            .map_err(|_| Unreadable::Damaged)
     }
 }
 
 fn read_block(
     footer: &Footer,
-    mut read: impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool,
+    mut read: impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>,
     number: u64,
 ) -> Result<[u8; BLOCK_BYTES], Unreadable> {
     let mut block = [0; BLOCK_BYTES];
+    let mut failed = Unreadable::Damaged;
     for copy in 0..2 {
         let at = footer.copy_at(copy) + number * BLOCK_BYTES as u64;
-        if read(at, &mut block) && block_is_good(&block, number, footer.uuid) {
-            return Ok(block);
+        match read(at, &mut block) {
+            Ok(()) if block_is_good(&block, number, footer.uuid) => return Ok(block),
+            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                failed = Unreadable::Io(error);
+            }
+            _ => {}
         }
     }
-    Err(Unreadable)
+    Err(failed)
 }
 
 /// How many blocks of one directory copy are bad.
@@ -288,9 +294,12 @@ pub(crate) fn is_directory_block(block: &[u8], uuid: [u8; 16]) -> bool {
         .is_ok_and(|(header, _)| header.magic == MAGIC && header.tag == tag_of(uuid))
 }
 
-/// A directory block is damaged in both copies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Unreadable;
+/// A directory block cannot be had from either copy.
+#[derive(Debug)]
+pub(crate) enum Unreadable {
+    Damaged,
+    Io(io::Error),
+}
 
 fn span_rows(span: &TopicSpan) -> (u64, u64) {
     let first = u64::from(span.first_row);
@@ -563,10 +572,10 @@ mod tests {
         (footer, file)
     }
 
-    fn reader(file: &[u8]) -> impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool {
+    fn reader(file: &[u8]) -> impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()> {
         move |at, block| {
             block.copy_from_slice(&file[at as usize..at as usize + BLOCK_BYTES]);
-            true
+            Ok(())
         }
     }
 
@@ -587,11 +596,11 @@ mod tests {
         }
         for index in [1, 255, 256, 700] {
             assert_eq!(
-                directory.spot(LogIndex(index)),
-                Ok(table.spot(LogIndex(index)))
+                directory.spot(LogIndex(index)).unwrap(),
+                table.spot(LogIndex(index))
             );
         }
-        assert_eq!(directory.spot(LogIndex(701)), Ok(None));
+        assert_eq!(directory.spot(LogIndex(701)).unwrap(), None);
         let at = directory.row_at_stamp(&spans[0], 400).unwrap();
         assert_eq!(
             Some(directory.nth_row(at).unwrap()),
@@ -621,9 +630,7 @@ mod tests {
         for copy in 0..2 {
             file[footer.copy_at(copy) as usize + 20] ^= 1;
         }
-        assert_eq!(
-            Directory::new(&footer, reader(&file)).spans(),
-            Err(Unreadable)
-        );
+        let spans = Directory::new(&footer, reader(&file)).spans();
+        assert!(matches!(spans, Err(Unreadable::Damaged)));
     }
 }

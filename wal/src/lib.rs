@@ -8,9 +8,11 @@
 //! snapshot covers; [`Log::append_durable`] writes; [`LogReader`] reads; [`Log::close`] seals.
 
 pub mod buffer;
+mod cleaner;
 mod directory;
 mod entry;
 mod error;
+mod gate;
 mod generations;
 mod log;
 mod manifest;
@@ -20,19 +22,25 @@ mod reader;
 mod record;
 mod recover;
 mod replay;
+mod retire;
 mod scan;
 mod seal;
 mod segment;
 pub mod snapshot;
 mod spare;
 pub mod storage;
+mod sync;
 mod tables;
+mod truncate;
+mod watermark;
 
 pub use storage::sim;
 
+pub use cleaner::{CleanDone, CleanJob};
 pub use directory::{Row, TopicSpan};
 pub use entry::{Defect, EntryHeader, EntryKind, LogIndex, Place};
 pub use error::{IndexRange, JobError, LogError, OpenError, ReadError};
+pub use gate::{Acquire, Credit, CreditGate, Permit, Refused};
 pub use log::{Appended, ENDED_MAX, Log, LogStats, RowSink, SegmentInfo, Stage};
 pub use options::Options;
 pub use reader::LogReader;
@@ -43,3 +51,4 @@ pub use seal::{SealDone, SealJob};
 pub use segment::{Contents, SegmentDefect, SegmentId};
 pub use snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
 pub use spare::{SpareDone, SpareJob};
+pub use watermark::{Waited, Watermark, WatermarkReader};

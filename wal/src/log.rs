@@ -26,12 +26,14 @@ use crate::manifest::{Change, Manifest};
 use crate::options::Options;
 use crate::reader::LogReader;
 use crate::record::{Group, RECORD_HEADER_BYTES, RecordHead, table_slot};
+use crate::retire::{Held, Retirement};
 use crate::seal::{Ended, SealDone, SealJob, seal_room};
 use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
 use crate::snapshot::Snapshot;
 use crate::spare::{Spare, SpareDone, SpareJob};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, Segment, Tables};
+use crate::watermark::{Watermark, WatermarkReader};
 
 /// See the module.
 pub struct Log<S: Storage> {
@@ -40,6 +42,9 @@ pub struct Log<S: Storage> {
     pub(crate) pool: BufferPool,
     pub(crate) manifest: Manifest<S>,
     pub(crate) tables: Arc<RwLock<Tables<S::File>>>,
+    /// Keeps removed segments' files until no reader needs them.
+    pub(crate) retirement: Retirement<Segment<S::File>>,
+    pub(crate) watermark: Watermark,
     pub(crate) health: Health,
     /// None until the first append after opening, rolling or truncating.
     pub(crate) active: Option<Active<S::File>>,
@@ -73,7 +78,7 @@ pub(crate) enum Health {
 
 /// The segment that is written.
 pub(crate) struct Active<F> {
-    pub segment: Arc<Segment<F>>,
+    pub segment: Held<Segment<F>>,
     pub file: Arc<F>,
     /// Where the next entry goes.
     pub end: u64,
@@ -235,7 +240,8 @@ impl<S: Storage> Log<S> {
             last,
             file_bytes,
         })?;
-        self.tables.write().put(Arc::new(segment));
+        let segment = self.retirement.hold(segment);
+        self.tables.write().put(segment);
         self.ended.pop_front();
         Ok(())
     }
@@ -265,7 +271,7 @@ impl<S: Storage> Log<S> {
         for segment in doomed {
             freed += bytes_of(&segment);
             self.tables.write().remove(segment.first);
-            self.unlink(&segment.name);
+            self.retire(&segment);
         }
         Ok(freed)
     }
@@ -296,6 +302,11 @@ impl<S: Storage> Log<S> {
         self.manifest.state().store
     }
 
+    /// The same indexes for other threads, with a way to wait.
+    pub fn watermark(&self) -> WatermarkReader {
+        self.watermark.reader()
+    }
+
     /// The last entry that outlives a power loss.
     pub fn durable(&self) -> LogIndex {
         self.durable
@@ -318,7 +329,7 @@ impl<S: Storage> Log<S> {
     /// All segments in order.
     pub fn segments(&self) -> Vec<SegmentInfo> {
         let covered = self.manifest.state().covered();
-        let info = |segment: &Arc<Segment<S::File>>| {
+        let info = |segment: &Held<Segment<S::File>>| {
             let (stage, topics) = match &segment.body {
                 Body::Open { table, .. } => (Stage::Open, table.read().spans()),
                 Body::Sealed(sealed) => (Stage::Sealed, sealed.spans.clone()),
@@ -374,17 +385,14 @@ impl<S: Storage> Log<S> {
         });
         debug_assert_eq!(finished.buf.len() as u64, disk_bytes);
         if let Err(source) = active.file.write_durable_at(active.end, &finished.buf) {
-            self.health = Health::Poisoned;
-            let file = active.segment.name.clone();
-            return Err(LogError::Disk {
-                what: "append to",
-                file,
-                source,
-            });
+            let name = active.segment.name.clone();
+            return Err(self.poison_io("append to", &name, source));
         }
         active.take(&finished.header, finished.crc);
         self.vouched = self.durable;
         self.durable = index;
+        self.watermark.set_appended(index);
+        self.watermark.set_durable(index);
         self.stats.entries += 1;
         self.stats.records += records;
         self.stats.syncs += 1;
@@ -450,6 +458,7 @@ impl<S: Storage> Log<S> {
     }
 
     fn begin_segment(&mut self, bytes: u64) -> Result<(), LogError> {
+        self.unlink_freed();
         let state = self.manifest.state();
         let (id, epoch) = (SegmentId(state.next_segment), state.epoch);
         let first = self.durable.next();
@@ -484,7 +493,7 @@ impl<S: Storage> Log<S> {
             file: file.clone(),
             table: RwLock::new(OpenTable::default()),
         };
-        let segment = Arc::new(Segment {
+        let segment = self.retirement.hold(Segment {
             id,
             generation: 0,
             uuid: header.uuid,
@@ -529,7 +538,10 @@ impl<S: Storage> Log<S> {
     }
 
     /// A sealed (or lost) segment that recovery no longer needs.
-    pub(crate) fn covered_segment(&self, id: SegmentId) -> Result<Arc<Segment<S::File>>, LogError> {
+    pub(crate) fn covered_segment(
+        &self,
+        id: SegmentId,
+    ) -> Result<Held<Segment<S::File>>, LogError> {
         let tables = self.tables.read();
         let segment = tables.by_id(id).ok_or(LogError::UnknownSegment(id))?;
         if segment.open_table().is_some() {
@@ -570,10 +582,23 @@ impl<S: Storage> Log<S> {
         source: io::Error,
     ) -> LogError {
         self.health = Health::Poisoned;
+        self.watermark.close();
         LogError::Disk {
             what,
             file: file.to_owned(),
             source,
+        }
+    }
+
+    /// Deletes the file once no reader has it pinned; at the latest when the next segment begins after that.
+    pub(crate) fn retire(&self, segment: &Held<Segment<S::File>>) {
+        segment.retire();
+        self.unlink_freed();
+    }
+
+    fn unlink_freed(&self) {
+        for segment in self.retirement.free() {
+            self.unlink(&segment.name);
         }
     }
 

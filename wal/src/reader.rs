@@ -15,6 +15,7 @@ use crate::directory::{Row, Spot, Unreadable};
 use crate::entry::{EntryHeader, EntryKind, HEADER_BYTES, Place};
 use crate::error::{IndexRange, ReadError};
 use crate::record::{RECORD_HEADER_BYTES, RecordBytes, RecordHead, table_slot_at};
+use crate::retire::Held;
 use crate::storage::{Storage, StorageFile};
 use crate::tables::{Body, SealedBody, Segment, Tables};
 
@@ -55,12 +56,18 @@ impl<S: Storage> LogReader<S> {
     pub fn offset_at_stamp(&self, topic: u32, stamp: u64) -> Result<Option<u64>, ReadError> {
         let (sealed, open) = {
             let tables = self.tables.read();
-            let late = |segment: &&Arc<Segment<S::File>>| {
+            let late = |segment: &&Held<Segment<S::File>>| {
                 let span = segment.sealed().and_then(|sealed| sealed.span(topic));
                 span.is_some_and(|span| span.last_stamp >= stamp)
             };
-            let sealed = tables.sealed_with_topic(topic).find(late).cloned();
-            (sealed, tables.open().cloned().collect::<Vec<_>>())
+            let sealed = tables
+                .sealed_with_topic(topic)
+                .find(late)
+                .and_then(Held::pin);
+            (
+                sealed,
+                tables.open().filter_map(Held::pin).collect::<Vec<_>>(),
+            )
         };
         if let Some(segment) = sealed
             && let Some(body) = segment.sealed()
@@ -72,7 +79,7 @@ impl<S: Storage> LogReader<S> {
                 .and_then(|nth| directory.nth_row(nth));
             return row
                 .map(|row| Some(row.base))
-                .map_err(|Unreadable| segment.damaged());
+                .map_err(|error| segment.unreadable(error));
         }
         let mut tables = open.iter().filter_map(|segment| segment.open_table());
         Ok(tables
@@ -85,7 +92,10 @@ impl<S: Storage> LogReader<S> {
         let index = place.index;
         let (segment, damage) = {
             let tables = self.tables.read();
-            (tables.holding(index).cloned(), tables.damage_at(index))
+            (
+                tables.holding(index).and_then(Held::pin),
+                tables.damage_at(index),
+            )
         };
         let segment = segment.ok_or(ReadError::NotFound(index))?;
         let Some(spot) = segment.spot(index)? else {
@@ -119,7 +129,7 @@ fn rows_of<F: StorageFile>(
             Ok(())
         }
         Body::Sealed(sealed) => {
-            sealed_rows(sealed, topic, offset, max, rows).map_err(|Unreadable| segment.damaged())
+            sealed_rows(sealed, topic, offset, max, rows).map_err(|error| segment.unreadable(error))
         }
         Body::Lost { .. } => Ok(()),
     }

@@ -28,6 +28,7 @@ use crate::manifest::{Change, Manifest, State};
 use crate::options::Options;
 use crate::snapshot::Snapshot;
 use crate::storage::{Storage, StorageFile};
+use crate::watermark::Watermark;
 
 /// An open log, to be replayed before it is written.
 pub struct Opened<S: Storage> {
@@ -82,6 +83,8 @@ impl<S: Storage> Log<S> {
             predecessor: judged.predecessor,
             ended: judged.ended,
             tables: Arc::new(RwLock::new(judged.tables)),
+            retirement: judged.retirement,
+            watermark: Watermark::new(durable),
             active: None,
             next_spare: folder.next_spare,
             spares: folder.spares.into(),

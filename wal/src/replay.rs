@@ -3,13 +3,12 @@
 //! Stops at the first damage that nobody accepted: what follows it must not be applied, because it was
 //! decided on a state that cannot be known any more.
 
-use std::sync::Arc;
-
-use crate::directory::{Spot, Unreadable};
+use crate::directory::Spot;
 use crate::entry::{EntryHeader, EntryKind, LogIndex, Place, check_payload};
 use crate::error::{IndexRange, LogError, ReadError};
 use crate::log::{Health, Log, RowSink};
 use crate::record::Records;
+use crate::retire::Held;
 use crate::segment::Contents;
 use crate::storage::{Storage, StorageFile};
 use crate::tables::{Body, Segment};
@@ -67,7 +66,7 @@ impl<S: Storage> Log<S> {
             self.check_writable()?;
             return Ok(ReplayEnd::Healthy);
         }
-        let mut segments: Vec<_> = self.tables.read().iter().cloned().collect();
+        let mut segments: Vec<_> = self.tables.read().iter().filter_map(Held::pin).collect();
         segments.retain(|segment| segment.last() > self.applied);
         for segment in segments {
             if let Some(range) = self.replay_segment(&segment, &mut apply)? {
@@ -86,7 +85,7 @@ impl<S: Storage> Log<S> {
 
     fn replay_segment(
         &mut self,
-        segment: &Arc<Segment<S::File>>,
+        segment: &Segment<S::File>,
         apply: &mut impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>),
     ) -> Result<Option<IndexRange>, LogError> {
         if segment.contents == Contents::Sparse {
@@ -157,7 +156,7 @@ fn spots<F: StorageFile>(segment: &Segment<F>, after: LogIndex) -> Result<Vec<Sp
             let mut directory = sealed.directory();
             let all = (0..sealed.footer.entries).map(|nth| directory.nth_spot(nth));
             all.collect::<Result<_, _>>()
-                .map_err(|Unreadable| segment.damaged())?
+                .map_err(|error| segment.unreadable(error))?
         }
         Body::Lost { .. } => Vec::new(),
     };

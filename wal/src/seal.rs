@@ -4,18 +4,19 @@
 //! before; until the manifest says "sealed" an interrupted job counts for nothing and is repeated.
 
 use std::io;
-use std::sync::Arc;
 
 use crate::buffer::BufferPool;
+use crate::directory::Unreadable;
 use crate::entry::LogIndex;
 use crate::error::JobError;
+use crate::retire::Held;
 use crate::segment::{Footer, sealed_bytes};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, SealedBody, Segment};
 
 /// A segment that gets no more entries and waits for being sealed.
 pub(crate) struct Ended<F> {
-    pub segment: Arc<Segment<F>>,
+    pub segment: Held<Segment<F>>,
     pub last: LogIndex,
     pub entries_end: u64,
     pub records: u64,
@@ -126,7 +127,10 @@ pub(crate) fn open_sealed<S: Storage>(
         spans: Vec::new(),
     };
     let spans = body.directory().spans();
-    body.spans = spans.map_err(|_| io::Error::other("the directory just written is not there"))?;
+    body.spans = spans.map_err(|error| match error {
+        Unreadable::Damaged => io::Error::other("the directory just written is not there"),
+        Unreadable::Io(source) => source,
+    })?;
     Ok(Segment {
         id: open.id,
         generation: open.generation,

@@ -1,8 +1,8 @@
 //! The segments that exist now, as the log and all readers see them.
 //!
 //! Owns the list of segments, their tables and the index from topics to sealed segments. The log is the
-//! only one that changes it; readers take a handle out under the lock and read without it. A handle
-//! keeps its file open, so a segment that is removed meanwhile can still be read to the end.
+//! only one that changes it; readers pin what they need under the lock and read without it, and a segment that
+//! is removed meanwhile stays until the last pin of it is gone.
 //!
 //! Invariants: segments do not overlap; sealed ones come before open ones; a topic's offsets ascend with
 //! the segments.
@@ -16,6 +16,7 @@ use parking_lot::RwLock;
 use crate::directory::{Directory, OpenTable, Spot, TopicSpan, Unreadable};
 use crate::entry::LogIndex;
 use crate::error::{IndexRange, ReadError};
+use crate::retire::{Held, Pin};
 use crate::segment::{Contents, Footer, SegmentId};
 use crate::storage::{BLOCK_BYTES, Map, StorageFile, read_exact_at};
 
@@ -95,7 +96,7 @@ impl<F: StorageFile> Segment<F> {
             Body::Sealed(sealed) => sealed
                 .directory()
                 .spot(index)
-                .map_err(|Unreadable| self.damaged()),
+                .map_err(|error| self.unreadable(error)),
             Body::Lost { .. } => Err(self.damaged()),
         }
     }
@@ -107,10 +108,24 @@ impl<F: StorageFile> Segment<F> {
             Body::Sealed(sealed) => sealed.fill(position, buf),
             Body::Lost { .. } => return Err(self.damaged()),
         };
-        filled.map_err(|source| ReadError::Io {
-            file: self.name.clone(),
-            source,
+        filled.map_err(|source| match source.kind() {
+            // The file is shorter than it was.
+            io::ErrorKind::UnexpectedEof => self.damaged(),
+            _ => ReadError::Io {
+                file: self.name.clone(),
+                source,
+            },
         })
+    }
+
+    pub fn unreadable(&self, error: Unreadable) -> ReadError {
+        match error {
+            Unreadable::Damaged => self.damaged(),
+            Unreadable::Io(source) => ReadError::Io {
+                file: self.name.clone(),
+                source,
+            },
+        }
     }
 
     pub fn damaged(&self) -> ReadError {
@@ -119,8 +134,10 @@ impl<F: StorageFile> Segment<F> {
 }
 
 impl<F: StorageFile> SealedBody<F> {
-    pub fn directory(&self) -> Directory<'_, impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> bool> {
-        Directory::new(&self.footer, |at, block| self.fill(at, block).is_ok())
+    pub fn directory(
+        &self,
+    ) -> Directory<'_, impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> {
+        Directory::new(&self.footer, |at, block| self.fill(at, block))
     }
 
     pub fn fill(&self, position: u64, buf: &mut [u8]) -> io::Result<()> {
@@ -145,7 +162,7 @@ impl<F: StorageFile> SealedBody<F> {
 /// See the module.
 #[derive(Debug)]
 pub(crate) struct Tables<F> {
-    segments: BTreeMap<LogIndex, Arc<Segment<F>>>,
+    segments: BTreeMap<LogIndex, Held<Segment<F>>>,
     /// topic -> first offset in a sealed segment -> that segment's first index.
     topics: BTreeMap<u32, BTreeMap<u64, LogIndex>>,
     /// Entries that recovery found damaged in open segments.
@@ -162,7 +179,7 @@ impl<F: StorageFile> Tables<F> {
     }
 
     /// Adds a segment, or replaces the one with the same first index.
-    pub fn put(&mut self, segment: Arc<Segment<F>>) {
+    pub fn put(&mut self, segment: Held<Segment<F>>) {
         self.remove(segment.first);
         for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
             self.topics
@@ -173,7 +190,7 @@ impl<F: StorageFile> Tables<F> {
         self.segments.insert(segment.first, segment);
     }
 
-    pub fn remove(&mut self, first: LogIndex) -> Option<Arc<Segment<F>>> {
+    pub fn remove(&mut self, first: LogIndex) -> Option<Held<Segment<F>>> {
         let segment = self.segments.remove(&first)?;
         for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
             if let Some(firsts) = self.topics.get_mut(&span.topic) {
@@ -197,16 +214,16 @@ impl<F: StorageFile> Tables<F> {
             .copied()
     }
 
-    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Arc<Segment<F>>> {
+    pub fn iter(&self) -> impl DoubleEndedIterator<Item = &Held<Segment<F>>> {
         self.segments.values()
     }
 
-    pub fn by_id(&self, id: SegmentId) -> Option<&Arc<Segment<F>>> {
+    pub fn by_id(&self, id: SegmentId) -> Option<&Held<Segment<F>>> {
         self.segments.values().find(|segment| segment.id == id)
     }
 
     /// The segment whose range begins at or before `index`.
-    pub fn holding(&self, index: LogIndex) -> Option<&Arc<Segment<F>>> {
+    pub fn holding(&self, index: LogIndex) -> Option<&Held<Segment<F>>> {
         self.segments
             .range(..=index)
             .next_back()
@@ -214,7 +231,7 @@ impl<F: StorageFile> Tables<F> {
     }
 
     /// The segments that may hold the topic's offsets from `offset` on, in order; open ones always.
-    pub fn with_topic(&self, topic: u32, offset: u64) -> Vec<Arc<Segment<F>>> {
+    pub fn with_topic(&self, topic: u32, offset: u64) -> Vec<Pin<Segment<F>>> {
         let mut found = Vec::new();
         if let Some(firsts) = self.topics.get(&topic) {
             let start = firsts
@@ -224,16 +241,16 @@ impl<F: StorageFile> Tables<F> {
             let sealed = firsts
                 .range(start..)
                 .filter_map(|(_, first)| self.segments.get(first));
-            found.extend(sealed.take(SEGMENTS_PER_LOOKUP).cloned());
+            found.extend(sealed.take(SEGMENTS_PER_LOOKUP).filter_map(Held::pin));
         }
         if found.len() < SEGMENTS_PER_LOOKUP {
-            found.extend(self.open().cloned());
+            found.extend(self.open().filter_map(Held::pin));
         }
         found
     }
 
     /// The sealed segments with the topic, in order.
-    pub fn sealed_with_topic(&self, topic: u32) -> impl Iterator<Item = &Arc<Segment<F>>> {
+    pub fn sealed_with_topic(&self, topic: u32) -> impl Iterator<Item = &Held<Segment<F>>> {
         let firsts = self
             .topics
             .get(&topic)
@@ -243,7 +260,7 @@ impl<F: StorageFile> Tables<F> {
     }
 
     /// The segments that are not sealed, in order.
-    pub fn open(&self) -> impl Iterator<Item = &Arc<Segment<F>>> {
+    pub fn open(&self) -> impl Iterator<Item = &Held<Segment<F>>> {
         // Few, and all at the end.
         let from_end = self
             .segments

@@ -8,10 +8,11 @@ use parking_lot::RwLock;
 
 use super::io_error;
 use super::report::{RecoveryReport, SegmentDamage, TornTail};
-use crate::directory::{OpenTable, Spot};
+use crate::directory::{OpenTable, Spot, Unreadable};
 use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
 use crate::manifest::{Cut, SegmentEnd, SegmentEntry, State};
+use crate::retire::Retirement;
 use crate::scan::{Expect, Scan, scan};
 use crate::seal::Ended;
 use crate::segment::{Footer, SegmentDefect, SegmentHeader, SegmentId, file_name};
@@ -40,6 +41,7 @@ enum What<F> {
 
 /// The log as it will be opened.
 pub(super) struct Judged<F> {
+    pub retirement: Retirement<Segment<F>>,
     pub tables: Tables<F>,
     pub ended: VecDeque<Ended<F>>,
     pub durable: LogIndex,
@@ -84,6 +86,7 @@ impl<F: StorageFile> Found<F> {
     pub fn judge(self, state: &State, report: &mut RecoveryReport) -> Judged<F> {
         let vouched = self.vouched(state);
         let mut judged = Judged {
+            retirement: Retirement::new(),
             tables: Tables::new(),
             ended: VecDeque::new(),
             durable: state.durable.max(self.replay_from),
@@ -188,8 +191,8 @@ impl<F: StorageFile> Judged<F> {
     fn take_sealed(&mut self, id: SegmentId, entry: &SegmentEntry, body: SealedBody<F>) {
         self.durable = self.durable.max(body.footer.last);
         self.predecessor = (entry.uuid, body.footer.last_crc);
-        self.tables
-            .put(Arc::new(segment(id, entry, Body::Sealed(body))));
+        let segment = segment(id, entry, Body::Sealed(body));
+        self.tables.put(self.retirement.hold(segment));
     }
 
     fn take_lost(
@@ -211,8 +214,8 @@ impl<F: StorageFile> Judged<F> {
         });
         self.durable = self.durable.max(last);
         self.predecessor = (entry.uuid, 0);
-        self.tables
-            .put(Arc::new(segment(id, entry, Body::Lost { last })));
+        let segment = segment(id, entry, Body::Lost { last });
+        self.tables.put(self.retirement.hold(segment));
     }
 
     #[expect(
@@ -267,7 +270,7 @@ impl<F: StorageFile> Judged<F> {
             spots,
             ..OpenTable::default()
         });
-        let segment = Arc::new(segment(
+        let segment = self.retirement.hold(segment(
             id,
             entry,
             Body::Open {
@@ -325,7 +328,10 @@ fn look<S: Storage>(
                 spans: Vec::new(),
             };
             let spans = body.directory().spans();
-            body.spans = spans.map_err(|_| LookError::Defect(SegmentDefect::Directory))?;
+            body.spans = spans.map_err(|error| match error {
+                Unreadable::Damaged => LookError::Defect(SegmentDefect::Directory),
+                Unreadable::Io(source) => LookError::Io(source),
+            })?;
             Ok(What::Sealed(body))
         }
         SegmentEnd::Open | SegmentEnd::Cut(_) => {

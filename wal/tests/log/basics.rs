@@ -1,0 +1,315 @@
+//! Append, read, roll, seal, reopen; on a real folder and a simulated one.
+
+use millpond_wal::sim::SimStorage;
+use millpond_wal::storage::{FolderStorage, Mapping, Storage};
+use millpond_wal::{ChunkId, Log, LogError, LogIndex, OpenError, ReadError, Stage};
+
+use crate::support::{
+    TOPIC, append, body, expect_record, files, open, options, place, reopen, row, stamp_of,
+};
+
+/// Bytes of a test record.
+const BYTES: usize = 3000;
+
+fn writes_and_reads_back<S: Storage>(storage: &S) {
+    let (mut log, replayed) = open(storage);
+    assert!(replayed.is_empty());
+    assert_eq!(log.recovery_epoch(), 1);
+    for _ in 0..40 {
+        append(&mut log, 3, BYTES).unwrap();
+    }
+    assert_eq!(log.durable(), LogIndex(40));
+    assert!(log.segments().len() > 4, "small segments roll");
+    let reader = log.reader();
+    for index in 1..=40 {
+        for record in 0..3 {
+            expect_record(&reader, place(index, record), BYTES);
+        }
+    }
+    log.close().unwrap();
+    drop(reader);
+
+    let (opened, replayed, _) = reopen(storage).unwrap();
+    assert!(opened.report.is_clean(), "{:?}", opened.report);
+    assert_eq!(replayed.len(), 120);
+    assert_eq!(replayed[&place(40, 2)], body(40, 2, BYTES));
+    let log = opened.log;
+    assert_eq!(log.recovery_epoch(), 2);
+    assert!(
+        log.segments()
+            .iter()
+            .all(|segment| segment.stage == Stage::Sealed)
+    );
+    let reader = log.reader();
+    for index in 1..=40 {
+        expect_record(&reader, place(index, 1), BYTES);
+    }
+    finds_rows(&log);
+}
+
+/// Rows stand at the stamps; every segment holds some.
+fn finds_rows<S: Storage>(log: &Log<S>) {
+    let reader = log.reader();
+    let at = stamp_of(17, 1);
+    let expected = row(place(17, 1), at, at);
+    assert_eq!(reader.find(TOPIC, at).unwrap(), Some(expected));
+    assert_eq!(
+        reader.find(TOPIC, stamp_of(17, 0) + 1).unwrap(),
+        Some(expected)
+    );
+    let next = reader.find(TOPIC, stamp_of(17, 2) + 1).unwrap().unwrap();
+    assert_eq!(next.place, place(18, 0), "the next row behind a hole");
+    assert_eq!(reader.find(TOPIC, stamp_of(40, 3)).unwrap(), None);
+    assert_eq!(reader.find(TOPIC + 1, 0).unwrap(), None);
+    assert_eq!(reader.rows(TOPIC, 0, 1000).unwrap().len(), 120);
+    let some = reader.rows(TOPIC, stamp_of(5, 0), 50).unwrap();
+    assert_eq!(
+        (some.len(), some[0].place, some[49].place),
+        (50, place(5, 0), place(21, 1))
+    );
+    assert_eq!(
+        reader.offset_at_stamp(TOPIC, stamp_of(9, 2)).unwrap(),
+        Some(stamp_of(9, 2))
+    );
+    assert_eq!(
+        reader.offset_at_stamp(TOPIC, stamp_of(9, 3)).unwrap(),
+        Some(stamp_of(10, 0))
+    );
+    assert_eq!(reader.offset_at_stamp(TOPIC, u64::MAX).unwrap(), None);
+}
+
+#[test]
+fn what_is_appended_is_read_back_from_a_simulated_folder() {
+    writes_and_reads_back(&SimStorage::new(1));
+}
+
+#[test]
+fn what_is_appended_is_read_back_from_a_mapped_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    writes_and_reads_back(&FolderStorage::open(folder.path(), Mapping::On).unwrap());
+}
+
+#[test]
+fn what_is_appended_is_read_back_from_a_folder_without_maps() {
+    let folder = tempfile::tempdir().unwrap();
+    writes_and_reads_back(&FolderStorage::open(folder.path(), Mapping::Off).unwrap());
+}
+
+#[test]
+fn rows_are_found_in_open_and_sealed_segments_alike() {
+    let (mut log, _) = open(&SimStorage::new(1));
+    for _ in 0..40 {
+        append(&mut log, 3, BYTES).unwrap();
+    }
+    assert!(
+        log.segments()
+            .iter()
+            .any(|segment| segment.stage == Stage::Open)
+    );
+    finds_rows(&log);
+    while let Some(job) = log.seal_job() {
+        log.install_sealed(job.run().unwrap()).unwrap();
+    }
+    finds_rows(&log);
+}
+
+#[test]
+fn a_record_shares_the_memory_of_its_entry() {
+    let (mut log, _) = open(&SimStorage::new(1));
+    let appended = append(&mut log, 3, 100).unwrap();
+    let slice = appended.record_body(2).unwrap();
+    assert_eq!(slice, body(1, 2, 100));
+    let whole = appended.bytes.as_ptr_range();
+    assert!(whole.contains(&slice.as_ptr()));
+    assert_eq!(appended.record_body(3), None);
+}
+
+#[test]
+fn an_entry_larger_than_a_segment_gets_one_of_its_own() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    append(&mut log, 1, 200_000).unwrap();
+    append(&mut log, 1, 10).unwrap();
+    assert_eq!(log.segments().len(), 3);
+    log.close().unwrap();
+    let (_, replayed) = open(&storage);
+    assert_eq!(replayed[&place(2, 0)], body(2, 0, 200_000));
+}
+
+#[test]
+fn groups_out_of_bounds_are_refused_and_harm_nothing() {
+    let (mut log, _) = open(&SimStorage::new(1));
+    let empty = log.new_group();
+    assert!(matches!(
+        log.append_durable(empty),
+        Err(LogError::EmptyGroup)
+    ));
+    assert!(matches!(
+        append(&mut log, 1, 300_000),
+        Err(LogError::GroupTooLarge { .. })
+    ));
+    assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(1));
+}
+
+#[test]
+fn nothing_is_appended_before_replay() {
+    let storage = SimStorage::new(1);
+    open(&storage).0.close().unwrap();
+    let mut opened = Log::open(storage, options()).unwrap();
+    let mut group = opened.log.new_group();
+    group.push(1, 1, &[b"x"]);
+    assert!(matches!(
+        opened.log.append_durable(group),
+        Err(LogError::NotReplayed)
+    ));
+}
+
+#[test]
+fn one_entry_is_vouched_for_once() {
+    let (mut log, _) = open(&SimStorage::new(1));
+    append(&mut log, 1, 10).unwrap();
+    assert!(log.wants_vouching());
+    log.vouch().unwrap();
+    log.vouch().unwrap();
+    assert!(!log.wants_vouching());
+    assert_eq!((log.durable(), log.applied()), (LogIndex(2), LogIndex(2)));
+    let reader = log.reader();
+    assert!(matches!(
+        reader.record(place(2, 0)),
+        Err(ReadError::NotFound(_))
+    ));
+    assert!(matches!(
+        reader.record(place(3, 0)),
+        Err(ReadError::NotFound(_))
+    ));
+    assert!(matches!(
+        reader.record(place(1, 1)),
+        Err(ReadError::NotFound(_))
+    ));
+}
+
+#[test]
+fn replay_begins_behind_the_snapshot() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..10 {
+        append(&mut log, 2, BYTES).unwrap();
+    }
+    let state = vec![(ChunkId(1), b"state at ten".as_slice().into())];
+    let done = log
+        .snapshot_job(LogIndex(10), state, vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    for _ in 0..3 {
+        append(&mut log, 2, BYTES).unwrap();
+    }
+    drop(log);
+    storage.restart();
+    let (opened, replayed, _) = reopen(&storage).unwrap();
+    let snapshot = opened.snapshot.unwrap();
+    assert_eq!(snapshot.index(), LogIndex(10));
+    let chunks: Vec<_> = snapshot.chunks().map(Result::unwrap).collect();
+    assert_eq!(chunks, [(ChunkId(1), b"state at ten".as_slice().into())]);
+    assert_eq!(replayed.len(), 6);
+    assert_eq!(opened.log.reader().rows(TOPIC, 0, 100).unwrap().len(), 26);
+}
+
+#[test]
+fn covered_segments_can_be_removed_and_others_not() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..40 {
+        append(&mut log, 2, BYTES).unwrap();
+    }
+    let first = log.segments()[0].id;
+    assert!(matches!(
+        log.remove_segments(&[first]),
+        Err(LogError::NotCovered(_))
+    ));
+    let done = log
+        .snapshot_job(LogIndex(40), vec![], vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    let reader = log.reader();
+    assert!(log.remove_segments(&[first]).unwrap() > 0);
+    assert!(matches!(
+        log.remove_segments(&[first]),
+        Err(LogError::UnknownSegment(_))
+    ));
+    assert!(matches!(
+        reader.record(place(1, 0)),
+        Err(ReadError::NotFound(_))
+    ));
+    let left = reader.find(TOPIC, 0).unwrap().unwrap();
+    assert!(left.place.index > LogIndex(1));
+    append(&mut log, 1, 10).unwrap();
+    log.close().unwrap();
+    let (log, replayed) = open(&storage);
+    assert_eq!(replayed.len(), 1);
+    assert_eq!(log.reader().find(TOPIC, 0).unwrap(), Some(left));
+    assert_eq!(files(&storage, "seg-").len(), log.segments().len());
+}
+
+#[test]
+fn spares_are_used_and_survive_a_restart() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    log.install_spare(log.spare_job().unwrap().run().unwrap());
+    assert!(log.spare_job().is_none());
+    log.close().unwrap();
+    let (mut log, _) = open(&storage);
+    assert_eq!(log.stats().spares, 1);
+    append(&mut log, 1, 10).unwrap();
+    assert_eq!(log.stats().spares, 0);
+    assert!(files(&storage, "spare-").is_empty());
+    expect_record(&log.reader(), place(1, 0), 10);
+}
+
+#[test]
+fn segments_without_a_manifest_are_damage() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    log.close().unwrap();
+    storage.remove("manifest").unwrap();
+    let refused = Log::open(storage, options()).map(drop);
+    assert!(matches!(refused, Err(OpenError::ManifestMissing { .. })));
+}
+
+#[test]
+fn a_failed_write_poisons_the_log_for_good() {
+    use millpond_wal::sim::{Call, Failure, Fault};
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    storage.plan(Failure {
+        call: Some(Call::WriteDurable),
+        skip: 0,
+        fault: Fault::Io,
+    });
+    assert!(matches!(
+        append(&mut log, 1, 10),
+        Err(LogError::Disk { .. })
+    ));
+    assert!(matches!(append(&mut log, 1, 10), Err(LogError::Poisoned)));
+    assert!(matches!(log.vouch(), Err(LogError::Poisoned)));
+    assert!(matches!(log.close(), Err(LogError::Poisoned)));
+}
+
+#[test]
+fn a_full_disk_refuses_and_recovers() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    storage.set_capacity(140 << 10);
+    let refused = (0..40).find_map(|_| append(&mut log, 1, BYTES).err());
+    assert!(matches!(refused, Some(LogError::DiskFull)), "{refused:?}");
+    let durable = log.durable();
+    storage.set_capacity(10 << 20);
+    assert_eq!(append(&mut log, 1, BYTES).unwrap().index, durable.next());
+}

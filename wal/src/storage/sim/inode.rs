@@ -28,6 +28,9 @@ impl Inode {
     }
 
     pub(super) fn write(&mut self, offset: u64, data: &[u8], rng: &mut Rng) {
+        if data.is_empty() {
+            return;
+        }
         for piece in pieces(offset, data.len()) {
             let dirty = self.dirty.entry(piece.page).or_insert(0);
             let overwritten = *dirty & piece.sectors();
@@ -45,6 +48,9 @@ impl Inode {
 
     /// Writes whole pages through to the disk; nothing else of the file becomes durable by it.
     pub(super) fn write_durable(&mut self, offset: u64, data: &[u8]) {
+        if data.is_empty() {
+            return;
+        }
         self.cached.write(offset, data);
         self.durable.write(offset, data);
         for piece in pieces(offset, data.len()) {

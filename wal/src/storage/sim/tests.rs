@@ -1,6 +1,8 @@
 use super::*;
 use crate::storage::{BLOCK_BYTES, read_exact_at};
 
+mod model;
+
 const SEEDS: u64 = 300;
 
 fn block(fill: u8) -> Vec<u8> {

@@ -1,0 +1,97 @@
+//! Every bound of the client, with what it costs.
+//!
+//! Bounds that both sides must agree on stand in `millpond_protocol::limits`.
+
+use std::time::Duration;
+
+use millpond_protocol::limits::MESSAGE_BYTES_MAX;
+
+/// How long the first connection may take, handshake included.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long one attempt to come back may take; the next one may meet a broker that has started.
+pub const REDIAL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a control request, or the opening of a producer or consumer, may take.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a message may wait for credit, and then for its acknowledgement.
+pub const SEND_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long closing may wait for what is still on its way.
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a stopped worker lets running handlers finish.
+pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Consecutive failures after which requests fail at once.
+pub const BREAKER_FAILURES: u32 = 5;
+/// How long they do so before one of them is let through as a probe; doubles with each failed one.
+pub const BREAKER_COOLDOWN: Duration = Duration::from_secs(1);
+/// The longest such time.
+pub const BREAKER_COOLDOWN_MAX: Duration = Duration::from_secs(30);
+
+/// The wait before the first attempt to reconnect.
+pub const RECONNECT_FIRST: Duration = Duration::from_millis(10);
+/// The longest wait between attempts to reconnect.
+pub const RECONNECT_MAX: Duration = Duration::from_secs(5);
+/// The wait after a stream was refused for a moment, when the broker names none.
+pub const REFUSED_WAIT: Duration = Duration::from_millis(50);
+/// The longest wait that a broker's `retry_after` may ask for.
+pub const REFUSED_WAIT_MAX: Duration = Duration::from_secs(5);
+/// Times that a stream may end at once, without any progress, before its handle gives up.
+pub const STREAM_RETRIES_MAX: u32 = 8;
+
+/// QUIC: silence after which a ping is sent.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(2);
+/// QUIC: silence after which the connection is lost.
+pub const IDLE_TIMEOUT: Duration = Duration::from_secs(6);
+/// QUIC: first guess of the round trip; small, so that a lost first packet is soon sent again.
+pub const INITIAL_RTT: Duration = Duration::from_millis(50);
+/// QUIC: bytes that one stream may have on the way to this client.
+pub const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// QUIC: the same for all streams of the connection.
+pub const CONNECTION_WINDOW_BYTES: u32 = 64 << 20;
+/// QUIC: bytes written and not acknowledged by the other side, over all streams.
+pub const SEND_WINDOW_BYTES: u64 = 16 << 20;
+/// UDP payload bytes that path discovery tries at most, unless configured.
+pub const MTU_DEFAULT: u16 = 1_452;
+/// The least UDP payload that QUIC works with.
+pub const MTU_MIN: u16 = 1_200;
+/// Above it segmentation offload stops working.
+pub const MTU_MAX: u16 = 6_400;
+/// Kernel buffer asked for on the UDP socket, in bytes, each way. Best effort.
+pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
+/// Chunks taken off a stream at once.
+pub const READ_CHUNKS: usize = 32;
+
+/// Control requests waiting to be written.
+pub const CONTROL_QUEUE: usize = 64;
+/// Control requests written and not answered.
+pub const CONTROL_PENDING_MAX: usize = 1_024;
+/// Pages that a listing is read through: 10 million rows.
+pub const LIST_PAGES_MAX: usize = 10_000;
+
+/// Messages of one producer that are queued or unacknowledged.
+pub const PRODUCER_WINDOW_MESSAGES: usize = 65_536;
+/// Bytes of them; they are kept to be sent again.
+pub const PRODUCER_WINDOW_BYTES: usize = 32 << 20;
+/// The least capacity of a batch's buffer, in bytes.
+pub const BATCH_CAPACITY_MIN: usize = 4 << 10;
+
+/// Deliveries that a consumer holds unsettled.
+pub const PREFETCH_MESSAGES: u32 = 1_000;
+/// Bytes of them.
+pub const PREFETCH_BYTES: u64 = 32 << 20;
+/// Settlements waiting for their answer beyond which no further delivery is asked for.
+pub const SETTLEMENTS_PENDING_MAX: usize = 131_072;
+/// Settlements with a reason in one frame: with the longest reason they fit a control frame.
+pub const SETTLE_ITEMS_MAX: usize = 2_048;
+/// Names of lost leases remembered until their deliveries are settled.
+pub const LOST_LEASES_MAX: usize = 65_536;
+/// After this a dropped delivery comes again: the default policy's first backoff.
+pub const DROPPED_DELAY_MS: u64 = 1_000;
+
+const _: () = assert!(PRODUCER_WINDOW_BYTES > MESSAGE_BYTES_MAX);
+const _: () = assert!(PREFETCH_BYTES > MESSAGE_BYTES_MAX as u64);
+const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
+const _: () = assert!(MTU_MIN <= MTU_DEFAULT && MTU_DEFAULT <= MTU_MAX);
+const _: () = assert!(
+    SETTLE_ITEMS_MAX * (millpond_protocol::limits::REASON_BYTES_MAX + 64)
+        <= millpond_protocol::limits::CONTROL_BYTES_MAX
+);

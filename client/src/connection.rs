@@ -1,0 +1,218 @@
+//! One QUIC connection to a broker: made, verified, welcomed.
+//!
+//! Windows, timeouts and socket buffers are set here and nowhere else. Whether and when to connect
+//! again is the supervisor's business.
+
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::time::Duration;
+
+use millpond_protocol::control::{Hello, Welcome};
+use millpond_protocol::frame::FrameType;
+use millpond_protocol::{VERSION_MAX, VERSION_MIN};
+use parking_lot::Mutex;
+use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, MtuDiscoveryConfig, VarInt};
+use quinn::{EndpointConfig, TokioRuntime, TransportConfig};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use crate::address::Address;
+use crate::control::{Ask, ControlStream};
+use crate::error::Error;
+use crate::io::{self, StreamEnd};
+use crate::limits::{
+    CONNECTION_WINDOW_BYTES, IDLE_TIMEOUT, INITIAL_RTT, KEEP_ALIVE, SEND_WINDOW_BYTES,
+    SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES,
+};
+
+/// A connection that the broker has welcomed.
+pub struct Link {
+    pub connection: Connection,
+    pub control: mpsc::Sender<Ask>,
+    pub welcome: Welcome,
+}
+
+/// Makes connections to one broker.
+pub struct Dialer {
+    address: Address,
+    hello: Hello,
+    config: ClientConfig,
+    /// One socket per address family, made when first needed.
+    endpoints: Mutex<[Option<Endpoint>; 2]>,
+}
+
+impl Dialer {
+    pub fn new(address: Address, hello: Hello, tls: QuicClientConfig, max_mtu: u16) -> Self {
+        let mut config = ClientConfig::new(Arc::new(tls));
+        config.transport_config(Arc::new(transport(max_mtu)));
+        Self {
+            address,
+            hello,
+            config,
+            endpoints: Mutex::new([None, None]),
+        }
+    }
+
+    /// One attempt, handshake and welcome included. The control stream's task is left to the caller.
+    pub async fn dial(&self, limit: Duration) -> Result<(Link, ControlStream), Error> {
+        match timeout(limit, self.dial_any()).await {
+            Ok(result) => result,
+            Err(_) => Err(Error::Connect(format!(
+                "no answer from {} within {limit:?}; is the broker running there, and is its UDP port open?",
+                self.address
+            ))),
+        }
+    }
+
+    /// Waits until the other side has been told that connections are closed.
+    pub async fn wait_idle(&self) {
+        let endpoints: Vec<_> = self.endpoints.lock().iter().flatten().cloned().collect();
+        for endpoint in endpoints {
+            endpoint.wait_idle().await;
+        }
+    }
+
+    async fn dial_any(&self) -> Result<(Link, ControlStream), Error> {
+        let mut last = Error::Connect(format!("{} has no address", self.address));
+        for address in self.address.resolve().await? {
+            match self.dial_one(address).await {
+                Ok(made) => return Ok(made),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn dial_one(&self, at: SocketAddr) -> Result<(Link, ControlStream), Error> {
+        let endpoint = self.endpoint(at)?;
+        let connecting = endpoint
+            .connect_with(self.config.clone(), at, &self.address.server_name)
+            .map_err(|error| Error::Connect(format!("{at} cannot be dialled: {error}")))?;
+        let connection = connecting.await.map_err(|error| self.explain(&error))?;
+        let opened = io::open(
+            &connection,
+            FrameType::Hello,
+            &self.hello,
+            FrameType::Welcome,
+        )
+        .await;
+        let (send, reader, welcome) = match opened {
+            Ok(opened) => opened,
+            Err(StreamEnd::Lost) => {
+                return Err(match connection.close_reason() {
+                    Some(reason) => self.explain(&reason),
+                    None => Error::Connect("the broker ended the control stream".to_owned()),
+                });
+            }
+            Err(end) => return Err(end.into()),
+        };
+        let welcome: Welcome = welcome.decode()?;
+        if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+            return Err(Error::Version(format!(
+                "the broker chose version {}, this client speaks {VERSION_MIN} to {VERSION_MAX}",
+                welcome.version
+            )));
+        }
+        let (control, stream) = ControlStream::new(send, reader);
+        let link = Link {
+            connection,
+            control,
+            welcome,
+        };
+        Ok((link, stream))
+    }
+
+    fn endpoint(&self, remote: SocketAddr) -> Result<Endpoint, Error> {
+        let mut endpoints = self.endpoints.lock();
+        let slot = &mut endpoints[usize::from(remote.is_ipv6())];
+        if let Some(endpoint) = slot {
+            return Ok(endpoint.clone());
+        }
+        let made = bind(remote.is_ipv6())
+            .map_err(|error| Error::Connect(format!("no UDP socket can be opened: {error}")))?;
+        Ok(slot.insert(made).clone())
+    }
+
+    fn explain(&self, error: &ConnectionError) -> Error {
+        match error {
+            ConnectionError::TransportError(cause) => {
+                let tls = crate::tls::explain(cause.code, &cause.reason, &self.address.server_name);
+                tls.unwrap_or_else(|| self.failed(&cause.to_string()))
+            }
+            ConnectionError::ConnectionClosed(close) => {
+                let reason = String::from_utf8_lossy(&close.reason);
+                let tls = crate::tls::explain(close.error_code, &reason, &self.address.server_name);
+                tls.unwrap_or_else(|| self.failed(&close.to_string()))
+            }
+            ConnectionError::ApplicationClosed(close) => {
+                let reason = String::from_utf8_lossy(&close.reason);
+                match u16::try_from(close.error_code.into_inner()) {
+                    Ok(code) if code != 0 => {
+                        millpond_protocol::WireError::new(code.into(), reason).into()
+                    }
+                    _ => self.failed(&format!("it closed the connection: {reason}")),
+                }
+            }
+            ConnectionError::VersionMismatch => {
+                Error::Version("the server does not speak QUIC version 1".to_owned())
+            }
+            other => self.failed(&other.to_string()),
+        }
+    }
+
+    fn failed(&self, why: &str) -> Error {
+        Error::Connect(format!(
+            "the broker at {} cannot be reached: {why}",
+            self.address
+        ))
+    }
+}
+
+/// What the first frame of a connection says of this client.
+pub fn hello(token: Option<String>, client_name: String) -> Hello {
+    Hello {
+        version_min: VERSION_MIN,
+        version_max: VERSION_MAX,
+        token,
+        client_name,
+    }
+}
+
+fn transport(max_mtu: u16) -> TransportConfig {
+    let mut mtu = MtuDiscoveryConfig::default();
+    mtu.upper_bound(max_mtu);
+    let idle_ms = VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32);
+    let mut config = TransportConfig::default();
+    config
+        .keep_alive_interval(Some(KEEP_ALIVE))
+        .max_idle_timeout(Some(idle_ms.into()))
+        .initial_rtt(INITIAL_RTT)
+        .stream_receive_window(VarInt::from_u32(STREAM_WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(CONNECTION_WINDOW_BYTES))
+        .send_window(SEND_WINDOW_BYTES)
+        .max_concurrent_bidi_streams(VarInt::from_u32(0))
+        .max_concurrent_uni_streams(VarInt::from_u32(0))
+        .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(Some(mtu));
+    config
+}
+
+fn bind(ipv6: bool) -> std::io::Result<Endpoint> {
+    let any = if ipv6 {
+        SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
+    } else {
+        SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0))
+    };
+    let socket = UdpSocket::bind(any)?;
+    let buffers = socket2::SockRef::from(&socket);
+    // The kernel may grant less; that costs speed and nothing else.
+    let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
+    let _ = buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES);
+    Endpoint::new(
+        EndpointConfig::default(),
+        None,
+        socket,
+        Arc::new(TokioRuntime),
+    )
+}

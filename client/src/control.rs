@@ -1,0 +1,153 @@
+//! The control stream of one connection: requests out, responses in, matched by id.
+//!
+//! A request that was written and never answered is `Lost::Sent`: whoever asked knows whether it is
+//! safe to ask again.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use millpond_protocol::WireError;
+use millpond_protocol::control::{GoAway, Request, RequestFrame, Response, ResponseFrame};
+use millpond_protocol::frame::{Frame, FrameError, FrameType};
+use quinn::SendStream;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::error::Error;
+use crate::io::{self, FrameReader, StreamEnd};
+use crate::limits::{CONTROL_PENDING_MAX, CONTROL_QUEUE};
+
+/// One request on its way.
+pub struct Ask {
+    pub request: Request,
+    pub answer: oneshot::Sender<Result<Response, Lost>>,
+}
+
+/// Why a request has no response.
+#[derive(Debug)]
+pub enum Lost {
+    /// It was never written.
+    Unsent,
+    /// It was written; the connection broke before the answer.
+    Sent,
+    /// The broker refused it.
+    Refused(WireError),
+    /// It is too large for a control frame.
+    Unsendable(Error),
+}
+
+/// The stream and the requests that wait on it.
+pub struct ControlStream {
+    send: SendStream,
+    reader: FrameReader,
+    asks: mpsc::Receiver<Ask>,
+    pending: BTreeMap<u64, oneshot::Sender<Result<Response, Lost>>>,
+    last_id: u64,
+}
+
+impl ControlStream {
+    pub fn new(send: SendStream, reader: FrameReader) -> (mpsc::Sender<Ask>, Self) {
+        let (sender, asks) = mpsc::channel(CONTROL_QUEUE);
+        let stream = Self {
+            send,
+            reader,
+            asks,
+            pending: BTreeMap::new(),
+            last_id: 0,
+        };
+        (sender, stream)
+    }
+
+    /// Serves requests until the stream ends, then answers those that wait.
+    pub async fn run(mut self) -> StreamEnd {
+        let end = loop {
+            let step = tokio::select! {
+                frame = self.reader.next() => match frame {
+                    Ok(frame) => self.received(&frame),
+                    Err(end) => Err(end),
+                },
+                Some(ask) = self.asks.recv(), if self.pending.len() < CONTROL_PENDING_MAX => {
+                    self.ask(ask).await
+                }
+            };
+            if let Err(end) = step {
+                break end;
+            }
+        };
+        self.asks.close();
+        while let Ok(ask) = self.asks.try_recv() {
+            let _ = ask.answer.send(Err(Lost::Unsent));
+        }
+        for (_, answer) in std::mem::take(&mut self.pending) {
+            let _ = answer.send(Err(Lost::Sent));
+        }
+        end
+    }
+
+    async fn ask(&mut self, ask: Ask) -> Result<(), StreamEnd> {
+        self.pending.retain(|_, answer| !answer.is_closed());
+        self.last_id += 1;
+        let frame = RequestFrame {
+            id: self.last_id,
+            request: ask.request,
+        };
+        match io::request(&frame) {
+            Ok(bytes) => self.write(bytes, ask.answer).await,
+            Err(error) => {
+                let _ = ask.answer.send(Err(Lost::Unsendable(error)));
+                Ok(())
+            }
+        }
+    }
+
+    async fn write(
+        &mut self,
+        bytes: Bytes,
+        answer: oneshot::Sender<Result<Response, Lost>>,
+    ) -> Result<(), StreamEnd> {
+        self.pending.insert(self.last_id, answer);
+        Ok(self.send.write_chunk(bytes).await?)
+    }
+
+    fn received(&mut self, frame: &Frame) -> Result<(), StreamEnd> {
+        match frame.kind {
+            FrameType::Response => {
+                let response: ResponseFrame = frame.decode()?;
+                // A response nobody waits for belongs to a request that was given up.
+                if let Some(answer) = self.pending.remove(&response.id) {
+                    let _ = answer.send(response.result.map_err(Lost::Refused));
+                }
+                Ok(())
+            }
+            FrameType::GoAway => {
+                let away: GoAway = frame.decode()?;
+                tracing::info!(
+                    deadline_ms = away.deadline_ms,
+                    reason = away.reason,
+                    "the broker is going away"
+                );
+                Ok(())
+            }
+            found => Err(FrameError::Unexpected { found }.into()),
+        }
+    }
+}
+
+/// True if asking twice does no more than asking once.
+pub fn is_repeatable(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::Ping
+            | Request::TopicList { .. }
+            | Request::TopicShow { .. }
+            | Request::SubscriptionList { .. }
+            | Request::SubscriptionShow { .. }
+            | Request::SubscriptionPause { .. }
+            | Request::SubscriptionResume { .. }
+            | Request::DeadList { .. }
+            | Request::Peek { .. }
+            | Request::TokenList
+            | Request::Status
+            | Request::RedriveShow { .. }
+            | Request::RedriveCancel { .. }
+    )
+}

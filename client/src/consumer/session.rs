@@ -1,0 +1,586 @@
+//! What a consumer's handles and its task share: one session's deliveries, credit and settlements.
+//!
+//! ```text
+//! received -> buffered -> taken by the user -> settled or dropped
+//!             \________ outstanding _________/
+//! granted = received + (prefetch - outstanding)
+//! ```
+//! so at most `prefetch` deliveries are outstanding, and a grant never shrinks. Counts of received
+//! and begun deliveries are the delivery stream's own and start at 0 with each.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use millpond_protocol::control::{
+    ConsumerNotice, ConsumerOpened, LeaseName, LostReason, Outcome, SessionResume, Settled,
+};
+use millpond_protocol::hot::{ConsumerCredit, Credit, DELIVER_META_BYTES, Delivered};
+use millpond_protocol::{Offset, SessionId, SubscriptionMode};
+use parking_lot::Mutex;
+use tokio::sync::Notify;
+
+use super::settle::{SettleQueue, SettleSlot};
+use crate::completion::Wakeups;
+use crate::error::Error;
+use crate::limits::{DROPPED_DELAY_MS, LOST_LEASES_MAX, SETTLEMENTS_PENDING_MAX};
+
+/// How much a consumer may hold.
+#[derive(Copy, Clone, Debug)]
+pub struct Prefetch {
+    pub messages: u64,
+    pub bytes: u64,
+}
+
+/// One delivery on its way from the frame to the user.
+pub struct Held {
+    pub delivered: Delivered,
+    pub session: SessionId,
+    /// Its number on its delivery stream, and which stream that was.
+    ordinal: u64,
+    generation: u32,
+}
+
+/// What the user gets next.
+pub enum Item {
+    Message(Held),
+    Corrupt { first: Offset, next: Offset },
+}
+
+/// What the settlement stream's writer should do.
+pub enum SettleNext {
+    Write(Bytes),
+    /// Every settlement has been written: close the session.
+    Close,
+    Wait,
+}
+
+/// Where a session is in its life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Phase {
+    Open,
+    /// The handle is gone; deliveries that the user still has may be settled.
+    Detached,
+    /// Only answers are awaited.
+    Closing,
+    Ended(Error),
+}
+
+pub struct Session {
+    prefetch: Prefetch,
+    state: Mutex<State>,
+    credit_work: Notify,
+    settle_work: Notify,
+    progress: Notify,
+    dropped: AtomicU64,
+}
+
+struct State {
+    phase: Phase,
+    /// The terminal error has been shown to the user.
+    told: bool,
+    resume: SessionResume,
+    mode: SubscriptionMode,
+    lease_ms: u64,
+    generation: u32,
+    buffer: VecDeque<Item>,
+    received: u64,
+    received_bytes: u64,
+    begun: u64,
+    granted: Credit,
+    outstanding: u64,
+    outstanding_bytes: u64,
+    lost: BTreeMap<LeaseName, LostReason>,
+    settle: SettleQueue,
+    close_sent: bool,
+    user: Option<Waker>,
+    stream: StreamPosition,
+}
+
+/// Stream mode only: what has been received, so that a resumed stream repeats nothing.
+#[derive(Default)]
+struct StreamPosition {
+    active: bool,
+    resumed: bool,
+    skip_below: Offset,
+    next: Offset,
+    committed: Offset,
+}
+
+impl Session {
+    pub fn new(opened: &ConsumerOpened, prefetch: Prefetch) -> Self {
+        Self {
+            prefetch,
+            state: Mutex::new(State {
+                phase: Phase::Open,
+                told: false,
+                resume: SessionResume {
+                    session: opened.session,
+                    token: opened.token,
+                },
+                mode: opened.mode,
+                lease_ms: opened.lease_ms,
+                generation: 0,
+                buffer: VecDeque::new(),
+                received: 0,
+                received_bytes: 0,
+                begun: 0,
+                granted: Credit::default(),
+                outstanding: 0,
+                outstanding_bytes: 0,
+                lost: BTreeMap::new(),
+                settle: SettleQueue::default(),
+                close_sent: false,
+                user: None,
+                stream: StreamPosition {
+                    committed: opened.position,
+                    ..StreamPosition::default()
+                },
+            }),
+            credit_work: Notify::new(),
+            settle_work: Notify::new(),
+            progress: Notify::new(),
+            dropped: AtomicU64::new(0),
+        }
+    }
+
+    /// The next item for the user; `None` at the end.
+    pub fn poll_item(&self, context: &mut Context<'_>) -> Poll<Option<Result<Item, Error>>> {
+        let mut state = self.state.lock();
+        if let Phase::Ended(error) = &state.phase {
+            let error = error.clone();
+            let told = std::mem::replace(&mut state.told, true);
+            let end = if told || error == Error::Closed {
+                None
+            } else {
+                Some(Err(error))
+            };
+            return Poll::Ready(end);
+        }
+        let Some(item) = state.buffer.pop_front() else {
+            match &mut state.user {
+                Some(waker) => waker.clone_from(context.waker()),
+                empty => *empty = Some(context.waker().clone()),
+            }
+            return Poll::Pending;
+        };
+        if let Item::Message(held) = &item {
+            state.begin(held);
+        }
+        drop(state);
+        self.credit_work.notify_one();
+        Poll::Ready(Some(Ok(item)))
+    }
+
+    /// Settles a delivery; it is no longer outstanding, whatever the answer.
+    pub fn settle(
+        &self,
+        session: SessionId,
+        lease: LeaseName,
+        bytes: u64,
+        outcome: Option<Outcome>,
+    ) -> Result<SettleSlot, Error> {
+        let mut state = self.state.lock();
+        state.outstanding -= 1;
+        state.outstanding_bytes -= bytes;
+        state.lost.remove(&lease);
+        let slot = state.settleable(session).map(|()| match outcome {
+            None => state.settle.ack(lease),
+            Some(outcome) => state.settle.settle(lease, outcome),
+        });
+        drop(state);
+        self.settle_work.notify_one();
+        self.credit_work.notify_one();
+        slot
+    }
+
+    /// Starts the processing clock of a delivery again.
+    pub fn extend(&self, session: SessionId, lease: LeaseName) -> Result<SettleSlot, Error> {
+        let mut state = self.state.lock();
+        state.settleable(session)?;
+        let slot = state.settle.settle(lease, Outcome::Extend);
+        drop(state);
+        self.settle_work.notify_one();
+        Ok(slot)
+    }
+
+    /// A delivery that was dropped without a word: handed back, logged and counted.
+    pub fn dropped(&self, session: SessionId, lease: LeaseName, bytes: u64) {
+        let release = Outcome::Release {
+            delay_ms: Some(DROPPED_DELAY_MS),
+        };
+        if self.settle(session, lease, bytes, Some(release)).is_ok() {
+            self.dropped.fetch_add(1, Ordering::Relaxed);
+            tracing::warn!(
+                offset = lease.offset.0,
+                delivery = lease.delivery.0,
+                "a delivery was dropped without being settled; it is released"
+            );
+        }
+    }
+
+    pub fn dropped_count(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
+    }
+
+    /// Why a taken delivery's lease is over, if the broker has said so.
+    pub fn lost_reason(&self, lease: LeaseName) -> Option<LostReason> {
+        self.state.lock().lost.get(&lease).copied()
+    }
+
+    pub fn commit(&self, next: Offset) -> Result<SettleSlot, Error> {
+        let mut state = self.state.lock();
+        let session = state.resume.session;
+        state.settleable(session)?;
+        let slot = state.settle.commit(next);
+        state.stream.committed = state.stream.committed.max(next);
+        drop(state);
+        self.settle_work.notify_one();
+        Ok(slot)
+    }
+
+    pub fn is_active(&self) -> bool {
+        self.state.lock().stream.active
+    }
+
+    /// Stream mode: what is buffered is not what the user will want next.
+    pub fn sought(&self) {
+        let mut state = self.state.lock();
+        state.clear_buffer();
+        state.stream.skip_below = Offset(0);
+        state.stream.committed = Offset(0);
+        drop(state);
+        self.credit_work.notify_one();
+    }
+
+    /// Takes a deliver frame's messages.
+    pub fn delivered(&self, delivered: Vec<Delivered>) {
+        let mut state = self.state.lock();
+        for delivered in delivered {
+            state.receive(delivered);
+        }
+        let user = state.user.take();
+        drop(state);
+        if let Some(user) = user {
+            user.wake();
+        }
+    }
+
+    pub fn notice(&self, notice: ConsumerNotice) {
+        let mut state = self.state.lock();
+        match notice {
+            ConsumerNotice::LeasesLost { leases, reason } => state.leases_lost(leases, reason),
+            ConsumerNotice::Active { from } => state.activated(from),
+            ConsumerNotice::Standby => {
+                state.stream.active = false;
+                state.clear_buffer();
+            }
+            ConsumerNotice::Paused { reason } => {
+                tracing::info!(reason, "deliveries are paused");
+            }
+            ConsumerNotice::Corrupt { first, next } => {
+                state.buffer.push_back(Item::Corrupt { first, next });
+            }
+        }
+        let user = state.user.take();
+        drop(state);
+        self.credit_work.notify_one();
+        if let Some(user) = user {
+            user.wake();
+        }
+    }
+
+    pub fn settled(&self, settled: &Settled) -> Result<(), String> {
+        let mut wakeups = Wakeups::default();
+        let mut state = self.state.lock();
+        let result = state.settle.settled(settled, &mut wakeups);
+        drop(state);
+        wakeups.wake();
+        self.credit_work.notify_one();
+        self.progress.notify_waiters();
+        result
+    }
+
+    /// The credit frame that should stand now.
+    pub fn credit(&self) -> ConsumerCredit {
+        let mut state = self.state.lock();
+        state.grant(self.prefetch);
+        ConsumerCredit {
+            credit: state.granted,
+            begun: state.begun,
+        }
+    }
+
+    pub async fn credit_work(&self) {
+        self.credit_work.notified().await;
+    }
+
+    /// What the settlement stream's writer should do.
+    pub fn next_settlement(&self) -> SettleNext {
+        let mut state = self.state.lock();
+        if state.close_sent {
+            return SettleNext::Wait;
+        }
+        if let Some(bytes) = state.settle.next() {
+            return SettleNext::Write(bytes);
+        }
+        state.close_sent = match state.phase {
+            Phase::Closing => true,
+            Phase::Detached => state.outstanding == 0 && state.settle.pending() == 0,
+            Phase::Open | Phase::Ended(_) => false,
+        };
+        if state.close_sent {
+            SettleNext::Close
+        } else {
+            SettleNext::Wait
+        }
+    }
+
+    pub async fn settle_work(&self) {
+        self.settle_work.notified().await;
+    }
+
+    /// True if there is a lease to be renewed.
+    pub fn holds_leases(&self) -> bool {
+        let state = self.state.lock();
+        state.outstanding > 0 && state.mode == SubscriptionMode::Queue
+    }
+
+    pub fn lease_ms(&self) -> u64 {
+        self.state.lock().lease_ms
+    }
+
+    pub fn resume(&self) -> SessionResume {
+        self.state.lock().resume
+    }
+
+    /// The streams are gone.
+    pub fn stream_lost(&self) {
+        let mut state = self.state.lock();
+        state.settle.lost();
+        state.close_sent = false;
+        state.generation = state.generation.wrapping_add(1);
+        (state.received, state.received_bytes, state.begun) = (0, 0, 0);
+        state.granted = Credit::default();
+    }
+
+    /// The streams are open again, for the same session or for a new one.
+    pub fn reopened(&self, opened: &ConsumerOpened) {
+        let mut wakeups = Wakeups::default();
+        let mut state = self.state.lock();
+        let same = opened.resumed && opened.session == state.resume.session;
+        state.resume = SessionResume {
+            session: opened.session,
+            token: opened.token,
+        };
+        state.lease_ms = opened.lease_ms;
+        if !same {
+            tracing::info!("the consumer's session has ended; a new one begins");
+            state.settle.fail(&Error::SessionEnded, &mut wakeups);
+            state.lost.clear();
+        }
+        match state.mode {
+            SubscriptionMode::Queue => {
+                let standing: BTreeSet<LeaseName> = if same {
+                    opened.leases.iter().copied().collect()
+                } else {
+                    BTreeSet::new()
+                };
+                state.retain(|held| standing.contains(&held.lease()));
+            }
+            SubscriptionMode::Stream => state.stream_reopened(same, opened.position),
+        }
+        drop(state);
+        wakeups.wake();
+        self.credit_work.notify_one();
+        self.settle_work.notify_one();
+    }
+
+    /// Hands out nothing more; ends once what the user has is settled.
+    pub fn detach(&self) {
+        self.stop(Phase::Detached);
+    }
+
+    /// Hands out nothing more and ends once the broker has answered.
+    pub fn close(&self) {
+        self.stop(Phase::Closing);
+    }
+
+    /// The session is over.
+    pub fn end(&self, error: &Error) {
+        let mut wakeups = Wakeups::default();
+        let mut state = self.state.lock();
+        if matches!(state.phase, Phase::Ended(_)) {
+            return;
+        }
+        state.phase = Phase::Ended(error.clone());
+        state.clear_buffer();
+        state.settle.fail(&Error::SessionEnded, &mut wakeups);
+        let user = state.user.take();
+        drop(state);
+        wakeups.wake();
+        if let Some(user) = user {
+            user.wake();
+        }
+        self.progress.notify_waiters();
+    }
+
+    pub async fn ended(&self) {
+        loop {
+            let progress = self.progress.notified();
+            if matches!(self.state.lock().phase, Phase::Ended(_)) {
+                return;
+            }
+            progress.await;
+        }
+    }
+
+    fn stop(&self, phase: Phase) {
+        let mut state = self.state.lock();
+        let later = match state.phase {
+            Phase::Open => true,
+            Phase::Detached => phase == Phase::Closing,
+            Phase::Closing | Phase::Ended(_) => false,
+        };
+        if later {
+            state.phase = phase;
+            state.clear_buffer();
+        }
+        let user = state.user.take();
+        drop(state);
+        if let Some(user) = user {
+            user.wake();
+        }
+        self.settle_work.notify_one();
+    }
+}
+
+impl State {
+    fn begin(&mut self, held: &Held) {
+        if held.generation == self.generation {
+            self.begun = self.begun.max(held.ordinal + 1);
+        }
+        if self.mode == SubscriptionMode::Stream {
+            self.forget(held.bytes());
+        }
+    }
+
+    fn receive(&mut self, delivered: Delivered) {
+        let held = Held {
+            delivered,
+            session: self.resume.session,
+            ordinal: self.received,
+            generation: self.generation,
+        };
+        let bytes = held.bytes();
+        self.received += 1;
+        self.received_bytes += bytes;
+        if self.mode == SubscriptionMode::Stream {
+            let offset = held.delivered.meta.offset;
+            self.stream.active = true;
+            if offset < self.stream.skip_below {
+                return;
+            }
+            self.stream.next = offset.next();
+        }
+        if self.phase != Phase::Open {
+            // Released with the session's end.
+            return;
+        }
+        self.outstanding += 1;
+        self.outstanding_bytes += bytes;
+        self.buffer.push_back(Item::Message(held));
+    }
+
+    fn grant(&mut self, prefetch: Prefetch) {
+        if self.phase != Phase::Open || self.settle.pending() > SETTLEMENTS_PENDING_MAX {
+            return;
+        }
+        let messages = self.received + prefetch.messages.saturating_sub(self.outstanding);
+        let bytes = self.received_bytes + prefetch.bytes.saturating_sub(self.outstanding_bytes);
+        self.granted.max_messages = self.granted.max_messages.max(messages);
+        self.granted.max_bytes = self.granted.max_bytes.max(bytes);
+    }
+
+    fn settleable(&self, session: SessionId) -> Result<(), Error> {
+        match self.phase {
+            Phase::Ended(_) => Err(Error::SessionEnded),
+            _ if session != self.resume.session || self.close_sent => Err(Error::SessionEnded),
+            _ => Ok(()),
+        }
+    }
+
+    fn leases_lost(&mut self, leases: Vec<LeaseName>, reason: LostReason) {
+        let mut gone: BTreeSet<LeaseName> = leases.into_iter().collect();
+        self.retain(|held| !gone.remove(&held.lease()));
+        if self.outstanding == 0 {
+            self.lost.clear();
+        } else if self.lost.len() + gone.len() <= LOST_LEASES_MAX {
+            self.lost
+                .extend(gone.into_iter().map(|lease| (lease, reason)));
+        }
+    }
+
+    fn activated(&mut self, from: Offset) {
+        self.stream.active = true;
+        // A resumed session goes on behind what it has received; any other turn begins anew.
+        if !std::mem::take(&mut self.stream.resumed) {
+            self.clear_buffer();
+            self.stream.skip_below = Offset(0);
+            self.stream.next = from;
+        }
+    }
+
+    fn stream_reopened(&mut self, same: bool, position: Offset) {
+        if same && position >= self.stream.committed {
+            self.stream.resumed = true;
+            self.stream.skip_below = self.stream.next;
+        } else {
+            self.clear_buffer();
+            self.stream = StreamPosition {
+                committed: position,
+                ..StreamPosition::default()
+            };
+        }
+    }
+
+    fn retain(&mut self, mut keep: impl FnMut(&Held) -> bool) {
+        let mut gone = 0;
+        let mut gone_bytes = 0;
+        self.buffer.retain(|item| match item {
+            Item::Message(held) if !keep(held) => {
+                gone += 1;
+                gone_bytes += held.bytes();
+                false
+            }
+            _ => true,
+        });
+        self.outstanding -= gone;
+        self.outstanding_bytes -= gone_bytes;
+    }
+
+    fn clear_buffer(&mut self) {
+        self.retain(|_| false);
+    }
+
+    fn forget(&mut self, bytes: u64) {
+        self.outstanding -= 1;
+        self.outstanding_bytes -= bytes;
+    }
+}
+
+impl Held {
+    pub fn lease(&self) -> LeaseName {
+        LeaseName {
+            offset: self.delivered.meta.offset,
+            delivery: self.delivered.meta.delivery,
+        }
+    }
+
+    /// What it takes of the byte credit: never less than the broker counts.
+    pub fn bytes(&self) -> u64 {
+        const FRAME_SHARE: usize = DELIVER_META_BYTES + 16;
+        (FRAME_SHARE + self.delivered.extra.len() + self.delivered.message.len()) as u64
+    }
+}

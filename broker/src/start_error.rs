@@ -4,7 +4,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use millpond_wal::OpenError;
+use millpond_wal::storage::FolderError;
+
+use millpond_wal::OpenError;
+use millpond_wal::storage::FolderError;
+
 use crate::config::ConfigError;
+use crate::shard::OpenShardError;
 
 /// Why the broker did not start. Nothing was changed that a later start would trip over.
 #[derive(Debug, thiserror::Error)]
@@ -19,11 +26,11 @@ pub enum StartError {
     DataFolder { path: PathBuf, source: io::Error },
 
     #[error(
-        "the data folder {} cannot be written to ({source}); make it writable for this user \
-         or choose another with --data",
+        "the data folder {} cannot be written to; make it writable for this user or choose \
+         another with --data",
         path.display()
     )]
-    DataReadOnly { path: PathBuf, source: io::Error },
+    DataReadOnly { path: PathBuf },
 
     #[error(
         "the data folder {} is in use by another broker{}; stop that one or choose another \
@@ -105,12 +112,84 @@ impl StartError {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path },
             io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied => {
-                Self::DataReadOnly { path, source }
+                Self::DataReadOnly { path }
             }
             _ => Self::Io {
                 doing,
                 path,
                 source,
+            },
+        }
+    }
+
+    /// Names why the folder could not be taken by who must act.
+    #[must_use]
+    pub fn folder(data: &Path, error: FolderError) -> Self {
+        let path = data.to_path_buf();
+        match error {
+            FolderError::Held { pid, .. } => Self::DataHeld { path, pid },
+            FolderError::ReadOnly { .. } => {
+                let source = io::Error::from(io::ErrorKind::PermissionDenied);
+                Self::DataReadOnly { path }
+            }
+            FolderError::Io { source, .. } => Self::io("open", data, source),
+        }
+    }
+
+    /// Names why the store could not be opened by who must act.
+    #[must_use]
+    pub fn shard(data: &Path, error: OpenShardError) -> Self {
+        let path = data.to_path_buf();
+        match error {
+            OpenShardError::Log(OpenError::NewerFormat { found, known }) => Self::NewerVersion {
+                path,
+                found: u32::from(found),
+                known: u32::from(known),
+            },
+            OpenShardError::Log(OpenError::DiskFull { .. }) => Self::DiskFull { path },
+            OpenShardError::Log(OpenError::ReadOnlyFolder(source)) => Self::DataReadOnly { path },
+            OpenShardError::Log(OpenError::Io { what, source, .. }) => Self::io(what, data, source),
+            other => Self::Damaged {
+                path,
+                problem: other.to_string(),
+            },
+        }
+    }
+
+    /// Names the failure to take the data folder by who must act.
+    #[must_use]
+    pub fn folder(data: &Path, error: FolderError) -> Self {
+        let path = data.to_path_buf();
+        match error {
+            FolderError::Held { pid, .. } => Self::DataHeld { path, pid },
+            FolderError::ReadOnly { .. } => Self::DataReadOnly { path },
+            FolderError::Io { path, source } => Self::io("open", &path, source),
+        }
+    }
+
+    /// Names the failure to open the log by who must act.
+    #[must_use]
+    pub fn log(data: &Path, error: OpenError) -> Self {
+        let path = data.to_path_buf();
+        match error {
+            OpenError::NewerFormat { found, known } => Self::NewerVersion {
+                path,
+                found: found.into(),
+                known: known.into(),
+            },
+            OpenError::ReadOnlyFolder(_) => Self::DataReadOnly { path },
+            OpenError::DiskFull { .. } => Self::DiskFull { path },
+            OpenError::Io { what, source, file } => Self::io(what, &path.join(file), source),
+            OpenError::Option { name, value, min } => Self::Config(ConfigError::Value {
+                key: name,
+                problem: format!("is {value}, but must be at least {min}"),
+            }),
+            damage @ (OpenError::ManifestMissing { .. }
+            | OpenError::ManifestDamaged { .. }
+            | OpenError::ManifestBehind { .. }
+            | OpenError::HistoryMissing { .. }) => Self::Damaged {
+                path,
+                problem: damage.to_string(),
             },
         }
     }
@@ -182,6 +261,21 @@ mod tests {
             matches!(read_only, StartError::DataReadOnly { .. }),
             "{read_only}"
         );
+    }
+
+    #[test]
+    fn damage_a_newer_format_and_a_held_folder_are_told_apart() {
+        let data = Path::new("/d");
+        let newer = StartError::log(data, OpenError::NewerFormat { found: 9, known: 1 });
+        assert!(
+            matches!(newer, StartError::NewerVersion { found: 9, .. }),
+            "{newer}"
+        );
+        let damaged = StartError::log(data, OpenError::ManifestDamaged { at: 64 });
+        assert!(damaged.to_string().contains("byte 64"), "{damaged}");
+        let path = PathBuf::from("/d/log");
+        let held = StartError::folder(data, FolderError::Held { path, pid: Some(7) });
+        assert!(held.to_string().contains("process 7"), "{held}");
     }
 
     #[test]

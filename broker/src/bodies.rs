@@ -1,0 +1,434 @@
+//! Message bodies by (topic, offset): from the cache of recent ones, else from the log.
+//!
+//! Sessions read here, never the shard thread. The cache holds what was just accepted, so that a
+//! consumer at the tail costs no disk; older bodies are read by a bounded number of blocking
+//! threads. Bytes of sealed segments are copied out of their maps there, never on an async worker.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use millpond_protocol::message::MessageView;
+use millpond_protocol::{Offset, Stamp, TopicId};
+use millpond_queue::PUBLISH_FIXED_BYTES;
+use millpond_queue::Place;
+use millpond_wal::storage::Storage;
+use millpond_wal::{LogReader, ReadError, Row};
+use parking_lot::RwLock;
+use tokio::sync::Semaphore;
+
+use crate::shard::io::Fresh;
+use crate::shard::skip_messages;
+
+/// Rows looked up at once when reading from the log.
+const ROWS_MAX: usize = 256;
+/// A record of a message takes at least this much of the cache's bound, for its bookkeeping.
+const RUN_BYTES_MIN: usize = 128;
+
+/// Consecutive messages of one topic, published together.
+#[derive(Clone, Debug)]
+pub struct Run {
+    pub base: Offset,
+    pub count: u32,
+    pub stamp: Stamp,
+    /// The messages, one behind the other.
+    pub messages: Bytes,
+}
+
+impl Run {
+    /// The part from `offset` on, at most `count` messages and `bytes` bytes, but at least one message.
+    #[must_use]
+    pub fn part(&self, offset: Offset, count: u32, bytes: usize) -> Run {
+        let skip = offset
+            .0
+            .saturating_sub(self.base.0)
+            .min(u64::from(self.count)) as u32;
+        let behind = skip_messages(&self.messages, skip);
+        let most = count.min(self.count - skip);
+        let (taken, length) = measure(&behind, most, bytes);
+        Run {
+            base: offset,
+            count: taken,
+            stamp: self.stamp,
+            messages: behind.slice(..length),
+        }
+    }
+}
+
+/// How many messages fit, and their bytes. At least one is taken.
+fn measure(messages: &[u8], count: u32, bytes: usize) -> (u32, usize) {
+    let (mut taken, mut rest) = (0, messages);
+    while taken < count
+        && let Ok((_, behind)) = MessageView::split(rest)
+    {
+        if taken > 0 && messages.len() - behind.len() > bytes {
+            break;
+        }
+        (taken, rest) = (taken + 1, behind);
+    }
+    (taken, messages.len() - rest.len())
+}
+
+/// Why a body cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BodyError {
+    /// Its bytes are damaged on disk; the next readable offset is named.
+    #[error("offsets {first} to before {next} are damaged on disk")]
+    Damaged { first: Offset, next: Offset },
+    /// It is no longer kept.
+    #[error("offset {0} is no longer kept")]
+    Gone(Offset),
+    #[error("the log cannot be read: {0}")]
+    Io(String),
+}
+
+/// Shared by all sessions; cheap to clone.
+pub struct Bodies<S: Storage> {
+    cache: Arc<Cache>,
+    reader: LogReader<S>,
+    readers: Arc<Semaphore>,
+}
+
+impl<S: Storage> Clone for Bodies<S> {
+    fn clone(&self) -> Self {
+        Self {
+            cache: self.cache.clone(),
+            reader: self.reader.clone(),
+            readers: self.readers.clone(),
+        }
+    }
+}
+
+impl<S: Storage> Bodies<S> {
+    /// `cache_bytes` of recent bodies, `readers` blocking reads at once.
+    pub fn new(reader: LogReader<S>, cache_bytes: usize, readers: usize) -> Self {
+        let cache = Arc::new(Cache {
+            bound: cache_bytes,
+            held: RwLock::default(),
+        });
+        Self {
+            cache,
+            reader,
+            readers: Arc::new(Semaphore::new(readers)),
+        }
+    }
+
+    /// The cache's filling side, for the shard thread.
+    #[must_use]
+    pub fn cache(&self) -> Arc<Cache> {
+        self.cache.clone()
+    }
+
+    /// Runs from `offset` on, without holes, up to `count` messages and about `bytes` bytes; at least
+    /// one message. Cancel-safe.
+    pub async fn read(
+        &self,
+        topic: TopicId,
+        offset: Offset,
+        count: u32,
+        bytes: usize,
+    ) -> Result<Vec<Run>, BodyError> {
+        if let Some(runs) = self.cache.read(topic, offset, count, bytes) {
+            return Ok(runs);
+        }
+        let reader = self.reader.clone();
+        self.blocking(move || read_log(&reader, topic, offset, count, bytes))
+            .await
+    }
+
+    /// One record's bytes, for the story of a dead letter.
+    pub async fn record(&self, place: Place) -> Result<(u8, Bytes), BodyError> {
+        let reader = self.reader.clone();
+        let at = millpond_wal::Place {
+            index: millpond_wal::LogIndex(place.index.0),
+            record: place.record,
+        };
+        let read = move || {
+            reader
+                .record(at)
+                .map(|r| (r.kind, r.body))
+                .map_err(|e| BodyError::Io(e.to_string()))
+        };
+        self.blocking(read).await
+    }
+
+    /// The first offset published at or after a time; `None` if there is none.
+    pub async fn offset_at(
+        &self,
+        topic: TopicId,
+        time: Stamp,
+    ) -> Result<Option<Offset>, BodyError> {
+        let reader = self.reader.clone();
+        let find = move || match reader.offset_at_stamp(topic.0, time.0) {
+            Ok(found) => Ok(found.map(Offset)),
+            Err(error) => Err(BodyError::Io(error.to_string())),
+        };
+        self.blocking(find).await
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> Result<T, BodyError> + Send + 'static,
+    ) -> Result<T, BodyError> {
+        let stopped = |_| BodyError::Io("the broker is stopping".to_owned());
+        let permit = self
+            .readers
+            .clone()
+            .acquire_owned()
+            .await
+            .map_err(|_| BodyError::Io("closed".to_owned()))?;
+        let task = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            work()
+        });
+        task.await.map_err(stopped)?
+    }
+}
+
+fn read_log<S: Storage>(
+    reader: &LogReader<S>,
+    topic: TopicId,
+    offset: Offset,
+    count: u32,
+    bytes: usize,
+) -> Result<Vec<Run>, BodyError> {
+    let wanted = (count as usize).min(ROWS_MAX);
+    let rows = reader
+        .rows(topic.0, offset.0, wanted)
+        .map_err(|e| BodyError::Io(e.to_string()))?;
+    let (mut runs, mut next, mut left, mut room) = (Vec::new(), offset, count, bytes);
+    for row in rows {
+        if row.base > next.0 {
+            break;
+        }
+        let run = match read_row(reader, &row) {
+            Ok(run) => run.part(next, left, room),
+            Err(_) if !runs.is_empty() => break,
+            Err(error) => return Err(error),
+        };
+        next = Offset(run.base.0 + u64::from(run.count));
+        left -= run.count;
+        room = room.saturating_sub(run.messages.len());
+        runs.push(run);
+        if left == 0 || room == 0 {
+            break;
+        }
+    }
+    if runs.is_empty() {
+        Err(BodyError::Gone(offset))
+    } else {
+        Ok(runs)
+    }
+}
+
+fn read_row<S: Storage>(reader: &LogReader<S>, row: &Row) -> Result<Run, BodyError> {
+    let damaged = || BodyError::Damaged {
+        first: Offset(row.base),
+        next: Offset(row.base + u64::from(row.count)),
+    };
+    let record = match reader.record(row.place) {
+        Ok(record) => record,
+        Err(ReadError::Damaged { .. }) => return Err(damaged()),
+        Err(error) => return Err(BodyError::Io(error.to_string())),
+    };
+    if record.body.len() < PUBLISH_FIXED_BYTES {
+        return Err(damaged());
+    }
+    let messages = skip_messages(&record.body.slice(PUBLISH_FIXED_BYTES..), row.skip);
+    Ok(Run {
+        base: Offset(row.base),
+        count: row.count,
+        stamp: Stamp(row.stamp),
+        messages,
+    })
+}
+
+/// The bodies that were accepted last, oldest out first.
+pub struct Cache {
+    /// Bytes; the buffers of big commit groups are shared, small ones are copied.
+    bound: usize,
+    held: RwLock<Held>,
+}
+
+#[derive(Default)]
+struct Held {
+    topics: BTreeMap<TopicId, VecDeque<Run>>,
+    /// Topics in the order their runs came in: the first run of the first topic is the oldest.
+    order: VecDeque<TopicId>,
+    bytes: usize,
+}
+
+impl Cache {
+    /// Takes in what one commit accepted. A body that is small against its group is copied, so
+    /// that it does not keep the whole group's buffer alive.
+    pub fn fill(&self, fresh: impl IntoIterator<Item = Fresh>, share: Share) {
+        let mut held = self.held.write();
+        for item in fresh {
+            let messages = match share {
+                Share::Buffer => item.messages,
+                Share::Copy => Bytes::copy_from_slice(&item.messages),
+            };
+            held.bytes += cost(&messages);
+            held.order.push_back(item.topic);
+            let run = Run {
+                base: item.base,
+                count: item.count,
+                stamp: item.stamp,
+                messages,
+            };
+            held.topics.entry(item.topic).or_default().push_back(run);
+        }
+        while held.bytes > self.bound {
+            held.evict();
+        }
+    }
+
+    /// Bytes held now.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.held.read().bytes
+    }
+
+    fn read(&self, topic: TopicId, offset: Offset, count: u32, bytes: usize) -> Option<Vec<Run>> {
+        let held = self.held.read();
+        let runs = held.topics.get(&topic)?;
+        let at = runs.partition_point(|run| run.base.0 + u64::from(run.count) <= offset.0);
+        let (mut out, mut next, mut left, mut room) = (Vec::new(), offset, count, bytes);
+        for run in runs.range(at..) {
+            if run.base > next || left == 0 || room == 0 {
+                break;
+            }
+            let part = run.part(next, left, room);
+            next = Offset(part.base.0 + u64::from(part.count));
+            left -= part.count;
+            room = room.saturating_sub(part.messages.len());
+            out.push(part);
+        }
+        (!out.is_empty()).then_some(out)
+    }
+}
+
+/// Whether the cache keeps a commit group's own buffer alive or copies out of it.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Share {
+    Buffer,
+    Copy,
+}
+
+/// Groups of at least this many bytes are shared with the cache, smaller ones copied.
+const SHARE_BYTES_MIN: usize = 512 << 10;
+
+impl Share {
+    /// What is cheaper for a group of this size, whose buffer holds at least a megabyte.
+    #[must_use]
+    pub fn of_group(bytes: usize) -> Self {
+        if bytes >= SHARE_BYTES_MIN {
+            Self::Buffer
+        } else {
+            Self::Copy
+        }
+    }
+}
+
+impl Held {
+    fn evict(&mut self) {
+        let Some(topic) = self.order.pop_front() else {
+            self.bytes = 0;
+            return;
+        };
+        let Some(runs) = self.topics.get_mut(&topic) else {
+            return;
+        };
+        if let Some(run) = runs.pop_front() {
+            self.bytes = self.bytes.saturating_sub(cost(&run.messages));
+        }
+        if runs.is_empty() {
+            self.topics.remove(&topic);
+        }
+    }
+}
+
+fn cost(messages: &Bytes) -> usize {
+    messages.len().max(RUN_BYTES_MIN)
+}
+
+/// Copies runs' messages behind one another.
+pub fn concat(runs: &[Run]) -> Bytes {
+    let mut out = BytesMut::with_capacity(runs.iter().map(|run| run.messages.len()).sum());
+    runs.iter()
+        .for_each(|run| out.extend_from_slice(&run.messages));
+    out.freeze()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use millpond_protocol::{LogIndex, Message, Sequence};
+
+    fn fresh(base: u64, payloads: &[&str]) -> Fresh {
+        let mut messages = BytesMut::new();
+        for (n, payload) in payloads.iter().enumerate() {
+            Message::new(payload.as_bytes().to_vec())
+                .encode(Sequence(base + n as u64 + 1), &mut messages);
+        }
+        Fresh {
+            topic: TopicId(1),
+            base: Offset(base),
+            count: payloads.len() as u32,
+            stamp: Stamp(5),
+            place: Place {
+                index: LogIndex(1),
+                record: 0,
+            },
+            messages: messages.freeze(),
+        }
+    }
+
+    fn payloads(runs: &[Run]) -> Vec<String> {
+        let mut out = Vec::new();
+        for run in runs {
+            let mut rest: &[u8] = &run.messages;
+            while !rest.is_empty() {
+                let (view, behind) = MessageView::split(rest).unwrap();
+                out.push(String::from_utf8(view.payload().to_vec()).unwrap());
+                rest = behind;
+            }
+        }
+        out
+    }
+
+    fn cache(bound: usize) -> Cache {
+        Cache {
+            bound,
+            held: RwLock::default(),
+        }
+    }
+
+    #[test]
+    fn runs_are_joined_from_any_offset() {
+        let cache = cache(1 << 20);
+        cache.fill([fresh(0, &["a", "b"]), fresh(2, &["c", "d"])], Share::Copy);
+        let runs = cache.read(TopicId(1), Offset(1), 2, 1 << 20).unwrap();
+        assert_eq!(payloads(&runs), ["b", "c"]);
+        assert_eq!(runs[0].base, Offset(1));
+    }
+
+    #[test]
+    fn at_least_one_message_is_read_whatever_the_room() {
+        let cache = cache(1 << 20);
+        cache.fill([fresh(0, &["a", "b"])], Share::Copy);
+        assert_eq!(
+            payloads(&cache.read(TopicId(1), Offset(0), 9, 1).unwrap()),
+            ["a"]
+        );
+    }
+
+    #[test]
+    fn the_oldest_go_first_and_the_bound_holds() {
+        let cache = cache(RUN_BYTES_MIN * 2);
+        cache.fill((0..5).map(|n| fresh(n, &["x"])), Share::Copy);
+        assert!(cache.bytes() <= RUN_BYTES_MIN * 2);
+        assert!(cache.read(TopicId(1), Offset(0), 1, 1).is_none());
+        assert!(cache.read(TopicId(1), Offset(4), 1, 1).is_some());
+    }
+}

@@ -1,0 +1,233 @@
+//! One connection: handshake deadline, authentication, then a task per stream.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use millpond_protocol::control::{Hello, Welcome};
+use millpond_protocol::frame::FrameType;
+use millpond_protocol::limits::CONSUMER_NAME_BYTES_MAX;
+use millpond_protocol::{ErrorCode, VERSION_MAX, VERSION_MIN, WireError};
+use millpond_wal::storage::Storage;
+use quinn::{Connection, Incoming, RecvStream, SendStream};
+use tokio::time::timeout;
+
+use super::frames::{FrameReader, FrameWriter, StreamError, code};
+use super::{Context, consumer, control, producer, settlement};
+use crate::memory::Share;
+use crate::shard::io::{Input, Output};
+use crate::{token, transport};
+
+/// Connections in their handshake beyond which a newcomer must prove its address first.
+const UNPROVEN_MAX: usize = 256;
+/// How long a closing connection may take to say what it has to say.
+const LINGER: Duration = Duration::from_millis(200);
+
+/// Who is at the other end of a connection.
+#[derive(Clone)]
+pub struct Peer {
+    pub client_name: String,
+    pub token: Option<String>,
+    /// This connection's part of the memory budget.
+    pub share: Share,
+    pub connection: Connection,
+}
+
+/// Accepts connections until the endpoint is closed.
+pub async fn accept<S: Storage>(context: Arc<Context<S>>, endpoint: quinn::Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        if endpoint.open_connections() >= context.config.quic.max_connections
+            || *context.draining.borrow()
+        {
+            incoming.refuse();
+            continue;
+        }
+        if !incoming.remote_address_validated() && context.metrics.handshakes() >= UNPROVEN_MAX {
+            // An address that is proven already cannot be asked again; then it is let in.
+            let _ = incoming.retry();
+            continue;
+        }
+        let tracker = context.tasks.clone();
+        tracker.spawn(serve(context.clone(), incoming));
+    }
+}
+
+async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming) {
+    let deadline = context.config.quic.handshake_deadline();
+    let remote = incoming.remote_address();
+    let welcomed = {
+        let _handshake = context.metrics.begin_handshake();
+        timeout(deadline, welcome(&context, incoming)).await
+    };
+    let (peer, control) = match welcomed {
+        Ok(Ok(welcomed)) => welcomed,
+        Ok(Err(error)) => return tracing::debug!(%remote, %error, "connection refused"),
+        Err(_) => return tracing::debug!(%remote, "connection not authenticated in time"),
+    };
+    let _open = context.metrics.open_connection();
+    tracing::debug!(%remote, client = peer.client_name, "connection opened");
+    let connection = peer.connection.clone();
+    let (send, reader) = control;
+    let of_control = control::run(
+        context.clone(),
+        peer.clone(),
+        FrameWriter::new(send),
+        reader,
+    );
+    context
+        .tasks
+        .spawn(end_with(connection.clone(), of_control));
+    while let Ok((send, recv)) = connection.accept_bi().await {
+        context
+            .tasks
+            .spawn(stream(context.clone(), peer.clone(), send, recv));
+    }
+    tracing::debug!(%remote, client = peer.client_name, "connection closed");
+}
+
+/// The connection lives as long as its control stream.
+async fn end_with(connection: Connection, control: impl Future<Output = Option<WireError>>) {
+    let (reason, text) = match control.await {
+        Some(error) => (code(error.code), error.message),
+        None => (
+            quinn::VarInt::from_u32(0),
+            "the client closed its control stream".to_owned(),
+        ),
+    };
+    // Lets the last frame arrive before the close overtakes it.
+    let _ = timeout(LINGER, connection.closed()).await;
+    connection.close(reason, text.as_bytes());
+}
+
+type Control = (SendStream, FrameReader);
+
+/// TLS handshake, `Hello`, authentication, `Welcome`.
+async fn welcome<S: Storage>(
+    context: &Context<S>,
+    incoming: Incoming,
+) -> Result<(Peer, Control), StreamError> {
+    let gone = |error: quinn::ConnectionError| StreamError::Gone(error.to_string());
+    let connection = incoming.await.map_err(gone)?;
+    transport::admit(&connection, &context.config.quic);
+    let (send, recv) = connection.accept_bi().await.map_err(gone)?;
+    let (mut writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
+    match greet(context, &mut reader).await {
+        Ok((hello, token)) => {
+            let welcome = Welcome {
+                version: hello.version_max.min(VERSION_MAX),
+                store_id: context.store_id,
+                recovery_epoch: context.recovery_epoch,
+                broker_version: env!("CARGO_PKG_VERSION").to_owned(),
+            };
+            writer.write_control(FrameType::Welcome, &welcome).await?;
+            let share = context.memory.connection(token.as_deref());
+            let peer = Peer {
+                client_name: hello.client_name,
+                token,
+                share,
+                connection,
+            };
+            Ok((peer, (writer.into_inner(), reader)))
+        }
+        Err(StreamError::Refused(error)) => {
+            writer.end(&error).await;
+            let _ = timeout(LINGER, connection.closed()).await;
+            connection.close(code(error.code), error.message.as_bytes());
+            Err(error.into())
+        }
+        Err(error) => Err(error),
+    }
+}
+
+async fn greet<S: Storage>(
+    context: &Context<S>,
+    reader: &mut FrameReader,
+) -> Result<(Hello, Option<String>), StreamError> {
+    let frame = reader
+        .next()
+        .await?
+        .ok_or_else(|| StreamError::Gone("it said nothing".to_owned()))?;
+    let hello: Hello = frame.expect(FrameType::Hello)?.decode()?;
+    if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
+        let text = format!(
+            "this broker speaks protocol versions {VERSION_MIN} to {VERSION_MAX}; use a client that does"
+        );
+        return Err(WireError::new(ErrorCode::Version, text).into());
+    }
+    if hello.client_name.len() > CONSUMER_NAME_BYTES_MAX {
+        let text = format!("a client's name has at most {CONSUMER_NAME_BYTES_MAX} bytes");
+        return Err(WireError::new(ErrorCode::Malformed, text).into());
+    }
+    let token = authenticate(context, hello.token.as_deref()).await?;
+    Ok((hello, token))
+}
+
+/// The name of the token that was shown; `None` where none is needed and none was shown.
+async fn authenticate<S: Storage>(
+    context: &Context<S>,
+    shown: Option<&str>,
+) -> Result<Option<String>, StreamError> {
+    let refused = |text: &str| StreamError::Refused(WireError::new(ErrorCode::Unauthorized, text));
+    let Some(shown) = shown else {
+        return if context.config.tokens_required() {
+            Err(refused(
+                "this broker wants a token; give one with --token or MILLPOND_TOKEN",
+            ))
+        } else {
+            Ok(None)
+        };
+    };
+    let mut registered = context.register().await?;
+    let input = Input::Authenticate {
+        stream: registered.id,
+        hash: token::hash(shown),
+    };
+    context.shard.input(input).await?;
+    let answer = registered.outputs.recv().await;
+    context.unregister(registered.id).await;
+    match answer {
+        Some(Output::Authenticated { name: Some(name) }) => Ok(Some(name)),
+        Some(_) => Err(refused(
+            "the token is not known here; it may have been revoked",
+        )),
+        None => Err(crate::shard_thread::Stopped.into()),
+    }
+}
+
+/// The code with which a draining broker closes what is left.
+pub fn closing_code() -> quinn::VarInt {
+    code(ErrorCode::Draining)
+}
+
+/// One stream: its first frame says what it is for.
+async fn stream<S: Storage>(
+    context: Arc<Context<S>>,
+    peer: Peer,
+    send: SendStream,
+    recv: RecvStream,
+) {
+    let _open = context.metrics.open_stream();
+    let (writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
+    let deadline = context.config.quic.handshake_deadline();
+    let first = match timeout(deadline, reader.next()).await {
+        Ok(Ok(Some(frame))) => frame,
+        Ok(Err(StreamError::Refused(error))) => return writer.end(&error).await,
+        Ok(_) => return,
+        Err(_) => {
+            let text = "a stream must say what it is for within the handshake deadline";
+            return writer
+                .end(&WireError::new(ErrorCode::Malformed, text))
+                .await;
+        }
+    };
+    match first.kind {
+        FrameType::OpenProducer => producer::run(context, peer, writer, reader, first).await,
+        FrameType::OpenConsumer => consumer::run(context, peer, writer, reader, first).await,
+        FrameType::OpenSettlements => settlement::run(context, writer, reader, first).await,
+        found => {
+            let text = format!("a stream cannot begin with a {found:?} frame");
+            writer
+                .end(&WireError::new(ErrorCode::Malformed, text))
+                .await;
+        }
+    }
+}

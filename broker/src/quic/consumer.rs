@@ -1,0 +1,238 @@
+//! A consumer's delivery stream: credit in, deliveries and notices out.
+//!
+//! The shard hands out by message credit and an estimate of bytes; here the bytes are exact: a body is
+//! read only when the consumer's byte credit has room for it, at most one frame ahead.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, OpenConsumer};
+use millpond_protocol::frame::{Frame, FrameType};
+use millpond_protocol::hot::{ConsumerCredit, Credit};
+use millpond_protocol::limits::CONSUMER_NAME_BYTES_MAX;
+use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
+use millpond_queue::StartPosition;
+use millpond_wal::storage::Storage;
+use tokio::sync::{mpsc, watch};
+
+use super::connection::Peer;
+use super::deliver::{FRAME_BYTES, Gathered, gather};
+use super::frames::{FrameReader, FrameWriter, StreamError};
+use super::producer::both;
+use super::{Context, Registered, control, random_u64};
+use crate::memory::Class;
+use crate::shard::io::{Handout, Input, Opened, Output};
+
+/// Runs one delivery stream to its end.
+pub async fn run<S: Storage>(
+    context: Arc<Context<S>>,
+    peer: Peer,
+    mut writer: FrameWriter,
+    reader: FrameReader,
+    first: Frame,
+) {
+    let Ok(registered) = context.register().await else {
+        return;
+    };
+    let id = registered.id;
+    let result = session(&context, &peer, &mut writer, reader, first, registered).await;
+    context.unregister(id).await;
+    match result {
+        Ok(()) => writer.finish(),
+        Err(StreamError::Refused(error)) => writer.end(&error).await,
+        Err(error) => tracing::debug!(client = peer.client_name, %error, "consumer stream ended"),
+    }
+}
+
+async fn session<S: Storage>(
+    context: &Context<S>,
+    peer: &Peer,
+    writer: &mut FrameWriter,
+    reader: FrameReader,
+    first: Frame,
+    mut registered: Registered,
+) -> Result<(), StreamError> {
+    let open: OpenConsumer = first.decode()?;
+    if open.consumer_name.len() > CONSUMER_NAME_BYTES_MAX {
+        let text = format!("a consumer's name has at most {CONSUMER_NAME_BYTES_MAX} bytes");
+        return Err(WireError::new(ErrorCode::Malformed, text).into());
+    }
+    let start = match &open.create {
+        Some(create) => control::resolve_start(context, &open.topic, create.start).await?,
+        None => StartPosition::Earliest,
+    };
+    let stream = registered.id;
+    context
+        .shard
+        .input(Input::OpenConsumer {
+            stream,
+            open,
+            token: random_u64(),
+            start,
+        })
+        .await?;
+    let opened = match registered.outputs.recv().await {
+        Some(Output::ConsumerOpened(opened)) => *opened,
+        Some(Output::End(error)) => return Err(error.into()),
+        _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
+    };
+    let session = opened.session;
+    let mode = opened.mode;
+    let result = async {
+        writer
+            .write_control(FrameType::ConsumerOpened, &answer(opened))
+            .await?;
+        let (tell_credit, credit) = watch::channel(Credit::default());
+        let reading = read(context, reader, session, tell_credit);
+        let mut sender = Sender {
+            context,
+            peer,
+            writer,
+            session,
+            mode,
+            credit,
+            sent: Credit::default(),
+            pending: VecDeque::new(),
+        };
+        let writing = sender.run(&mut registered.outputs);
+        both(reading, registered.own, writing).await
+    }
+    .await;
+    // Whatever ended it: if the session was not closed cleanly, its grace begins.
+    context
+        .shard
+        .input(Input::Detach { session, stream })
+        .await?;
+    result
+}
+
+fn answer(opened: Opened) -> ConsumerOpened {
+    ConsumerOpened {
+        session: opened.session,
+        token: opened.token,
+        topic: opened.topic,
+        subscription: opened.subscription,
+        mode: opened.mode,
+        lease_ms: opened.lease_ms,
+        leases: opened.leases,
+        resumed: opened.resumed,
+        position: opened.position,
+    }
+}
+
+async fn read<S: Storage>(
+    context: &Context<S>,
+    mut reader: FrameReader,
+    session: SessionId,
+    tell: watch::Sender<Credit>,
+) -> Result<(), StreamError> {
+    while let Some(frame) = reader.next().await? {
+        let credit = ConsumerCredit::decode(&frame.expect(FrameType::ConsumerCredit)?.body)?;
+        tell.send_modify(|held| {
+            held.max_messages = held.max_messages.max(credit.credit.max_messages);
+            held.max_bytes = held.max_bytes.max(credit.credit.max_bytes);
+        });
+        context
+            .shard
+            .input(Input::Credit { session, credit })
+            .await?;
+    }
+    Ok(())
+}
+
+struct Sender<'a, S: Storage> {
+    context: &'a Context<S>,
+    peer: &'a Peer,
+    writer: &'a mut FrameWriter,
+    session: SessionId,
+    mode: SubscriptionMode,
+    credit: watch::Receiver<Credit>,
+    sent: Credit,
+    /// Handed out, not yet sent. Bounded by the consumer's message credit.
+    pending: VecDeque<Handout>,
+}
+
+impl<S: Storage> Sender<'_, S> {
+    async fn run(
+        &mut self,
+        outputs: &mut mpsc::UnboundedReceiver<Output>,
+    ) -> Result<(), StreamError> {
+        loop {
+            let output = if self.can_send() {
+                outputs.try_recv().ok()
+            } else {
+                tokio::select! {
+                    output = outputs.recv() => output,
+                    Ok(()) = self.credit.changed() => None,
+                }
+            };
+            match output {
+                Some(Output::Deliver(run)) => self.pending.push_back(run),
+                Some(Output::Notice(notice)) => self.notice(notice).await?,
+                Some(Output::SessionClosed) => return Ok(()),
+                Some(Output::End(error)) => return Err(error.into()),
+                Some(_) => {}
+                None if self.can_send() => self.send_some().await?,
+                None => {}
+            }
+        }
+    }
+
+    fn can_send(&self) -> bool {
+        !self.pending.is_empty() && self.room() > 0
+    }
+
+    fn room(&self) -> u64 {
+        self.credit
+            .borrow()
+            .max_bytes
+            .saturating_sub(self.sent.max_bytes)
+    }
+
+    async fn notice(&mut self, notice: ConsumerNotice) -> Result<(), StreamError> {
+        if let ConsumerNotice::Active { .. } = notice {
+            // What was read ahead for an earlier activity is void.
+            self.pending.clear();
+        }
+        self.writer
+            .write_control(FrameType::ConsumerNotice, &notice)
+            .await
+    }
+
+    /// Reads and sends one frame's worth of what is pending.
+    async fn send_some(&mut self) -> Result<(), StreamError> {
+        let room = self.room();
+        let ahead = room.min(FRAME_BYTES as u64);
+        let permit = self
+            .context
+            .memory
+            .acquire(ahead, Class::Outbound, &self.peer.share)
+            .await;
+        let _permit = permit.map_err(WireError::from)?;
+        let Gathered { frame, damaged } = gather(self.context, &mut self.pending, room).await?;
+        if let Some(mut frame) = frame {
+            self.sent.max_bytes += frame.bytes;
+            self.context.metrics.sent(frame.messages, frame.bytes);
+            self.writer.write_pieces(&mut frame.pieces).await?;
+            let (session, messages, bytes) = (self.session, frame.messages, frame.bytes);
+            self.context
+                .shard
+                .input(Input::Sent {
+                    session,
+                    messages,
+                    bytes,
+                })
+                .await?;
+        }
+        if let Some((topic, first, next)) = damaged {
+            self.context
+                .shard
+                .input(Input::Damaged { topic, first, next })
+                .await?;
+            if self.mode == SubscriptionMode::Stream {
+                self.notice(ConsumerNotice::Corrupt { first, next }).await?;
+            }
+        }
+        Ok(())
+    }
+}

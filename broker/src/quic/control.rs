@@ -1,0 +1,393 @@
+//! The control stream: requests in, responses out, and `GoAway` when the broker drains.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use millpond_protocol::control::{
+    GoAway, PeekedMessage, Request, RequestFrame, Response, ResponseFrame,
+};
+use millpond_protocol::frame::{FrameError, FrameType};
+use millpond_protocol::limits::CONTROL_BYTES_MAX;
+use millpond_protocol::{ErrorCode, Offset, StartAt, WireError};
+use millpond_queue::StartPosition;
+use millpond_wal::storage::Storage;
+use tokio::sync::{mpsc, watch};
+
+use super::connection::Peer;
+use super::frames::{FrameReader, FrameWriter, StreamError};
+use super::letters;
+use super::producer::both;
+use super::{Context, UNANSWERED_MAX};
+use crate::bodies::BodyError;
+use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
+use crate::token;
+
+/// Bytes of message bodies in one page of an answer; what does not fit is on the next page.
+const PAGE_BYTES: usize = CONTROL_BYTES_MAX / 2;
+
+/// Runs a connection's control stream to its end; the reason is for the connection's close.
+pub async fn run<S: Storage>(
+    context: Arc<Context<S>>,
+    peer: Peer,
+    mut writer: FrameWriter,
+    reader: FrameReader,
+) -> Option<WireError> {
+    let Ok(mut registered) = context.register().await else {
+        return None;
+    };
+    let (answered, unanswered) = mpsc::channel(UNANSWERED_MAX as usize);
+    let session = Session {
+        context: &context,
+        peer: &peer,
+    };
+    let reading = session.read(reader, registered.id, answered);
+    let writing = session.write(&mut writer, &mut registered.outputs, unanswered);
+    let result = both(reading, registered.own, writing).await;
+    context.unregister(registered.id).await;
+    match result {
+        Ok(()) => {
+            writer.finish();
+            None
+        }
+        Err(StreamError::Refused(error)) => {
+            writer.end(&error).await;
+            Some(error)
+        }
+        Err(error) => {
+            tracing::debug!(client = peer.client_name, %error, "control stream ended");
+            None
+        }
+    }
+}
+
+/// The text of a new token, kept here until its hash is durable.
+type Secret = Option<(String, String)>;
+
+struct Session<'a, S: Storage> {
+    context: &'a Context<S>,
+    peer: &'a Peer,
+}
+
+impl<S: Storage> Session<'_, S> {
+    /// Takes requests in, at most `UNANSWERED_MAX` unanswered ones.
+    async fn read(
+        &self,
+        mut reader: FrameReader,
+        stream: StreamId,
+        unanswered: mpsc::Sender<(u64, Secret)>,
+    ) -> Result<(), StreamError> {
+        while let Some(frame) = reader.next().await? {
+            let RequestFrame { id, request } = frame.expect(FrameType::Request)?.decode()?;
+            let (request, secret) = match self.resolve(request).await {
+                Ok(resolved) => resolved,
+                Err(StreamError::Refused(error)) => (ResolvedRequest::Refused(error), None),
+                Err(error) => return Err(error),
+            };
+            if unanswered.send((id, secret)).await.is_err() {
+                return Ok(());
+            }
+            self.context
+                .shard
+                .input(Input::Request {
+                    stream,
+                    id,
+                    request,
+                })
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Does what only a session can: turns times into offsets, draws tokens.
+    async fn resolve(&self, request: Request) -> Result<(ResolvedRequest, Secret), StreamError> {
+        match &request {
+            Request::SubscriptionCreate { topic, start, .. } => {
+                let start = resolve_start(self.context, topic, *start).await?;
+                Ok((ResolvedRequest::At(request, start), None))
+            }
+            Request::SubscriptionSeek { topic, to, .. } => {
+                let start = resolve_start(self.context, topic, *to).await?;
+                Ok((ResolvedRequest::At(request, start), None))
+            }
+            Request::TokenNew { name } => {
+                let (text, hash) = token::new_token();
+                let name = name.clone();
+                Ok((
+                    ResolvedRequest::TokenAdd {
+                        name: name.clone(),
+                        hash,
+                    },
+                    Some((name, text)),
+                ))
+            }
+            _ => Ok((ResolvedRequest::Plain(request), None)),
+        }
+    }
+
+    async fn write(
+        &self,
+        writer: &mut FrameWriter,
+        outputs: &mut mpsc::UnboundedReceiver<Output>,
+        mut unanswered: mpsc::Receiver<(u64, Secret)>,
+    ) -> Result<(), StreamError> {
+        let mut draining = self.context.draining.clone();
+        let mut secrets = std::collections::HashMap::new();
+        let mut told = false;
+        loop {
+            let output = tokio::select! {
+                output = outputs.recv() => output,
+                drains = drained(&mut draining), if !told => {
+                    told = true;
+                    if drains {
+                        self.go_away(writer).await?;
+                    }
+                    continue;
+                }
+            };
+            while let Ok((id, secret)) = unanswered.try_recv() {
+                secrets.extend(secret.map(|secret| (id, secret)));
+            }
+            match output {
+                Some(Output::Response { id, answer }) => {
+                    let result = self.complete(*answer, secrets.remove(&id)).await;
+                    self.respond(writer, ResponseFrame { id, result }).await?;
+                }
+                Some(Output::Revoked { token }) if self.peer.token.as_ref() == Some(&token) => {
+                    let text = "the token of this connection was revoked";
+                    return Err(WireError::new(ErrorCode::Unauthorized, text).into());
+                }
+                Some(Output::End(error)) => return Err(error.into()),
+                Some(_) => {}
+                None => return Ok(()),
+            }
+        }
+    }
+
+    async fn go_away(&self, writer: &mut FrameWriter) -> Result<(), StreamError> {
+        let deadline_ms = u32::try_from(self.context.config.shutdown_grace_ms).unwrap_or(u32::MAX);
+        let reason = "the broker is shutting down".to_owned();
+        writer
+            .write_control(
+                FrameType::GoAway,
+                &GoAway {
+                    deadline_ms,
+                    reason,
+                },
+            )
+            .await
+    }
+
+    async fn respond(
+        &self,
+        writer: &mut FrameWriter,
+        response: ResponseFrame,
+    ) -> Result<(), StreamError> {
+        let id = response.id;
+        match millpond_protocol::frame::encode(FrameType::Response, &response) {
+            Ok(frame) => writer.write(frame).await,
+            Err(FrameError::TooLong { .. }) => {
+                let text = "the answer is too long for one frame; ask for fewer rows";
+                let result = Err(WireError::new(ErrorCode::TooLarge, text));
+                writer
+                    .write_control(FrameType::Response, &ResponseFrame { id, result })
+                    .await
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Adds what the shard does not have: bodies, the text of a token, the broker's surroundings.
+    async fn complete(&self, answer: Answer, secret: Secret) -> Result<Response, WireError> {
+        match (answer, secret) {
+            (Answer::Ready(Ok(_)), Some((name, token))) => Ok(Response::Token { name, token }),
+            (Answer::Ready(Ok(Response::Status(mut status))), _) => {
+                self.context.look.complete(&mut status);
+                Ok(Response::Status(status))
+            }
+            (Answer::Ready(result), _) => result,
+            (
+                Answer::Peek {
+                    topic,
+                    first,
+                    next,
+                    elsewhere,
+                    limit,
+                },
+                _,
+            ) => {
+                let page = Page {
+                    topic,
+                    first,
+                    next,
+                    limit,
+                };
+                self.peek(page, elsewhere).await.map_err(unreadable)
+            }
+            (
+                Answer::DeadLetters {
+                    letters,
+                    next,
+                    more,
+                },
+                _,
+            ) => self.letters(letters, next, more).await,
+        }
+    }
+
+    async fn letters(
+        &self,
+        letters: Vec<(Offset, millpond_queue::Letter)>,
+        next: Offset,
+        more: bool,
+    ) -> Result<Response, WireError> {
+        let (mut views, mut bytes) = (Vec::new(), 0);
+        for (offset, letter) in &letters {
+            let (topic, at) = letter.body;
+            let body = self.context.bodies.read(topic, at, 1, 1).await.ok();
+            bytes += body
+                .iter()
+                .flatten()
+                .map(|run| run.messages.len())
+                .sum::<usize>();
+            if bytes > PAGE_BYTES && !views.is_empty() {
+                return Ok(Response::DeadLetters {
+                    letters: views,
+                    next: *offset,
+                    more: true,
+                });
+            }
+            let story = letters::story(&self.context.bodies, letter).await;
+            views.push(letters::view(
+                *offset,
+                letter,
+                story,
+                body.as_ref().and_then(|runs| runs.first()),
+            ));
+        }
+        Ok(Response::DeadLetters {
+            letters: views,
+            next,
+            more,
+        })
+    }
+
+    async fn peek(
+        &self,
+        page: Page,
+        elsewhere: Vec<(Offset, Elsewhere)>,
+    ) -> Result<Response, BodyError> {
+        let mut elsewhere: std::collections::BTreeMap<Offset, Elsewhere> =
+            elsewhere.into_iter().collect();
+        let (mut messages, mut bytes, mut at) = (Vec::new(), 0, page.first);
+        while at < page.next && messages.len() < page.limit as usize && bytes < PAGE_BYTES {
+            let message = match elsewhere.remove(&at) {
+                Some(elsewhere) => self.peek_elsewhere(at, &elsewhere).await,
+                None => match self.context.bodies.read(page.topic, at, 1, 1).await {
+                    Ok(runs) => runs
+                        .first()
+                        .map(|run| peeked(at, run.stamp, Bytes::new(), run.messages.clone())),
+                    // A hole: purged, redriven, or never a message of its own.
+                    Err(BodyError::Gone(_)) => None,
+                    Err(BodyError::Damaged { .. }) => Some(peeked(
+                        at,
+                        millpond_protocol::Stamp(0),
+                        Bytes::new(),
+                        Bytes::new(),
+                    )),
+                    Err(error) => return Err(error),
+                },
+            };
+            bytes += message.as_ref().map_or(0, |message| message.message.len());
+            messages.extend(message);
+            at = at.next();
+        }
+        Ok(Response::Messages {
+            messages,
+            next: at,
+            more: at < page.next,
+        })
+    }
+
+    async fn peek_elsewhere(&self, offset: Offset, elsewhere: &Elsewhere) -> Option<PeekedMessage> {
+        let extra = match &elsewhere.letter {
+            Some(letter) => {
+                letters::headers(letter, &letters::story(&self.context.bodies, letter).await)
+            }
+            None => Bytes::new(),
+        };
+        let runs = self
+            .context
+            .bodies
+            .read(elsewhere.topic, elsewhere.offset, 1, 1)
+            .await
+            .unwrap_or_default();
+        let (stamp, message) = runs
+            .first()
+            .map(|run| (run.stamp, run.messages.clone()))
+            .unwrap_or_default();
+        Some(peeked(offset, stamp, extra, message))
+    }
+}
+
+/// Waits until the broker drains; false if it will never say.
+async fn drained(draining: &mut watch::Receiver<bool>) -> bool {
+    draining.wait_for(|&drains| drains).await.is_ok()
+}
+
+struct Page {
+    topic: millpond_protocol::TopicId,
+    first: Offset,
+    next: Offset,
+    limit: u32,
+}
+
+fn peeked(
+    offset: Offset,
+    published_at: millpond_protocol::Stamp,
+    extra: Bytes,
+    message: Bytes,
+) -> PeekedMessage {
+    PeekedMessage {
+        offset,
+        published_at,
+        extra,
+        message,
+    }
+}
+
+/// Where a subscription is to begin. A time is looked up in the log.
+pub async fn resolve_start<S: Storage>(
+    context: &Context<S>,
+    topic: &str,
+    start: StartAt,
+) -> Result<StartPosition, StreamError> {
+    Ok(match start {
+        StartAt::Earliest => StartPosition::Earliest,
+        StartAt::Latest => StartPosition::Latest,
+        StartAt::Offset(offset) => StartPosition::At(offset),
+        StartAt::Time(time) => {
+            let name = topic.to_owned();
+            let Some(id) = context
+                .shard
+                .look(move |shard| shard.queue().topic_id(&name))
+                .await?
+            else {
+                // The shard will say that there is no such topic.
+                return Ok(StartPosition::Earliest);
+            };
+            match context
+                .bodies
+                .offset_at(id, time)
+                .await
+                .map_err(unreadable)?
+            {
+                Some(offset) => StartPosition::At(offset),
+                None => StartPosition::Latest,
+            }
+        }
+    })
+}
+
+fn unreadable(error: BodyError) -> WireError {
+    WireError::new(ErrorCode::Corrupt, error.to_string())
+}

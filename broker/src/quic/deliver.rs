@@ -1,0 +1,240 @@
+//! From handed-out runs to deliver frames: bodies are sliced, not copied, behind their metas.
+
+use std::collections::VecDeque;
+
+use bytes::{BufMut, Bytes, BytesMut};
+use millpond_protocol::hot::{DELIVER_META_BYTES, DeliverMeta, deliver_prefix};
+use millpond_protocol::limits::DELIVER_MESSAGES_MAX;
+use millpond_protocol::message::MessageView;
+use millpond_protocol::{Offset, TopicId};
+use millpond_wal::storage::Storage;
+
+use super::frames::StreamError;
+use super::{Context, letters};
+use crate::bodies::{BodyError, Run};
+use crate::shard::io::Handout;
+
+/// Bytes of messages after which a deliver frame is closed; one larger message goes alone.
+pub const FRAME_BYTES: usize = 256 << 10;
+/// Messages smaller than this are copied together: a piece of its own costs more than the copy.
+const COPY_BYTES_MAX: usize = 4 << 10;
+
+/// A deliver frame in pieces.
+pub struct DeliverFrame {
+    pub pieces: Vec<Bytes>,
+    pub messages: u64,
+    /// Bytes of messages, as credit counts them.
+    pub bytes: u64,
+}
+
+/// What could be gathered, and the damaged range that ended it.
+pub struct Gathered {
+    pub frame: Option<DeliverFrame>,
+    pub damaged: Option<(TopicId, Offset, Offset)>,
+}
+
+/// Takes runs off `pending` until a frame is full, the room is used up, or a body has to be waited
+/// for while others are ready. At least one message is taken, whatever the room.
+pub async fn gather<S: Storage>(
+    context: &Context<S>,
+    pending: &mut VecDeque<Handout>,
+    room: u64,
+) -> Result<Gathered, StreamError> {
+    let mut builder = Builder::default();
+    let limit = FRAME_BYTES
+        .min(usize::try_from(room).unwrap_or(usize::MAX))
+        .max(1);
+    let mut damaged = None;
+    while builder.bytes < limit && builder.count < DELIVER_MESSAGES_MAX {
+        let Some(mut run) = pending.pop_front() else {
+            break;
+        };
+        let most = run.count.min(DELIVER_MESSAGES_MAX - builder.count);
+        match read(context, &run, most, limit - builder.bytes).await {
+            Ok((bodies, extra)) => {
+                let taken = builder.push(&run, &bodies, &extra);
+                skip(&mut run, taken);
+            }
+            Err(BodyError::Damaged { .. }) if run.elsewhere.is_some() => {
+                let next = Offset(run.offset.0 + 1);
+                damaged = Some((run.topic, run.offset, next));
+                skip(&mut run, 1);
+            }
+            Err(BodyError::Damaged { first, next }) => {
+                let first = first.max(run.offset);
+                damaged = Some((run.topic, first, next));
+                let beyond = next
+                    .0
+                    .saturating_sub(run.offset.0)
+                    .min(u64::from(run.count)) as u32;
+                skip(&mut run, beyond.max(1));
+            }
+            Err(BodyError::Gone(_)) => skip(&mut run, 1),
+            Err(BodyError::Io(text)) => return Err(StreamError::Gone(text)),
+        }
+        if run.count > 0 {
+            pending.push_front(run);
+        }
+        if damaged.is_some() {
+            break;
+        }
+    }
+    Ok(Gathered {
+        frame: builder.finish(),
+        damaged,
+    })
+}
+
+fn skip(run: &mut Handout, taken: u32) {
+    run.offset = Offset(run.offset.0 + u64::from(taken));
+    run.count -= taken.min(run.count);
+}
+
+/// The bodies at the front of a run, and the headers that the broker adds to a dead letter.
+async fn read<S: Storage>(
+    context: &Context<S>,
+    run: &Handout,
+    count: u32,
+    bytes: usize,
+) -> Result<(Vec<Run>, Bytes), BodyError> {
+    let Some(elsewhere) = &run.elsewhere else {
+        return Ok((
+            context
+                .bodies
+                .read(run.topic, run.offset, count, bytes)
+                .await?,
+            Bytes::new(),
+        ));
+    };
+    let bodies = context
+        .bodies
+        .read(elsewhere.topic, elsewhere.offset, 1, bytes)
+        .await?;
+    let extra = match &elsewhere.letter {
+        Some(letter) => letters::headers(letter, &letters::story(&context.bodies, letter).await),
+        None => Bytes::new(),
+    };
+    Ok((bodies, extra))
+}
+
+#[derive(Default)]
+struct Builder {
+    metas: BytesMut,
+    extras: BytesMut,
+    bodies: Vec<Bytes>,
+    small: BytesMut,
+    count: u32,
+    bytes: usize,
+}
+
+impl Builder {
+    /// Adds what was read for a run; returns how many of its messages that covers.
+    fn push(&mut self, run: &Handout, bodies: &[Run], extra: &Bytes) -> u32 {
+        let mut taken = 0;
+        for body in bodies {
+            self.metas.reserve(DELIVER_META_BYTES * body.count as usize);
+            let mut rest: &[u8] = &body.messages;
+            for _ in 0..body.count {
+                let Ok((view, behind)) = MessageView::split(rest) else {
+                    break;
+                };
+                DeliverMeta {
+                    offset: Offset(run.offset.0 + u64::from(taken)),
+                    published_at: body.stamp,
+                    delivery: run.delivery,
+                    attempt: run.attempt,
+                    extra_bytes: extra.len() as u32,
+                    message_bytes: view.bytes().len() as u32,
+                    reserved: 0,
+                }
+                .encode(&mut self.metas);
+                self.extras.extend_from_slice(extra);
+                (taken, rest) = (taken + 1, behind);
+            }
+            self.body(&body.messages);
+        }
+        self.count += taken;
+        taken
+    }
+
+    fn body(&mut self, messages: &Bytes) {
+        self.bytes += messages.len();
+        if messages.len() < COPY_BYTES_MAX {
+            self.small.put_slice(messages);
+            return;
+        }
+        self.close_small();
+        self.bodies.push(messages.clone());
+    }
+
+    fn close_small(&mut self) {
+        if !self.small.is_empty() {
+            self.bodies.push(self.small.split().freeze());
+        }
+    }
+
+    fn finish(mut self) -> Option<DeliverFrame> {
+        if self.count == 0 {
+            return None;
+        }
+        self.close_small();
+        let rest = self.metas.len() + self.extras.len() + self.bytes;
+        let mut head = BytesMut::with_capacity(16 + self.metas.len() + self.extras.len());
+        head.put_slice(&deliver_prefix(self.count, rest));
+        head.put_slice(&self.metas);
+        head.put_slice(&self.extras);
+        let mut pieces = Vec::with_capacity(self.bodies.len() + 1);
+        pieces.push(head.freeze());
+        pieces.append(&mut self.bodies);
+        Some(DeliverFrame {
+            pieces,
+            messages: u64::from(self.count),
+            bytes: self.bytes as u64,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use millpond_protocol::frame::{FrameType, decode};
+    use millpond_protocol::hot::decode_deliver;
+    use millpond_protocol::{Delivery, Message, Sequence, Stamp};
+
+    #[test]
+    fn a_frame_of_pieces_is_what_a_client_decodes() {
+        let mut messages = BytesMut::new();
+        for n in 1..=3u64 {
+            Message::new(format!("m{n}")).encode(Sequence(n), &mut messages);
+        }
+        let run = Handout {
+            topic: TopicId(1),
+            offset: Offset(10),
+            count: 3,
+            delivery: Delivery(2),
+            attempt: 1,
+            elsewhere: None,
+        };
+        let body = Run {
+            base: Offset(10),
+            count: 3,
+            stamp: Stamp(99),
+            messages: messages.freeze(),
+        };
+        let mut builder = Builder::default();
+        assert_eq!(builder.push(&run, &[body], &Bytes::new()), 3);
+        let frame = builder.finish().unwrap();
+        let mut wire = BytesMut::new();
+        frame
+            .pieces
+            .iter()
+            .for_each(|piece| wire.extend_from_slice(piece));
+        let decoded = decode(&mut wire).unwrap().unwrap();
+        assert_eq!(decoded.kind, FrameType::Deliver);
+        let got = decode_deliver(&decoded.body).unwrap();
+        let offsets: Vec<_> = got.iter().map(|d| d.meta.offset.0).collect();
+        assert_eq!(offsets, [10, 11, 12]);
+        let (view, _) = MessageView::split(&got[2].message).unwrap();
+        assert_eq!(view.payload(), b"m3");
+    }
+}

@@ -1,0 +1,153 @@
+//! Whole frames in and out of QUIC streams.
+
+use bytes::{Bytes, BytesMut};
+use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
+use millpond_protocol::{ErrorCode, WireError};
+use quinn::{RecvStream, SendStream, VarInt};
+use tokio::io::AsyncReadExt;
+
+/// Bytes that a stream's buffer grows by when it is empty.
+const READ_BYTES: usize = 64 << 10;
+
+/// Why a stream is over.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The other side broke the protocol, or asked for what it may not have; it is told.
+    #[error(transparent)]
+    Refused(#[from] WireError),
+    /// The connection or the stream is gone.
+    #[error("the stream is gone: {0}")]
+    Gone(String),
+    /// The broker stops.
+    #[error(transparent)]
+    Stopped(#[from] crate::shard_thread::Stopped),
+}
+
+impl From<FrameError> for StreamError {
+    fn from(error: FrameError) -> Self {
+        Self::Refused(error.into())
+    }
+}
+
+impl From<quinn::WriteError> for StreamError {
+    fn from(error: quinn::WriteError) -> Self {
+        Self::Gone(error.to_string())
+    }
+}
+
+/// Reads whole frames. What has been read stays in the buffer, so every method is cancel-safe.
+pub struct FrameReader {
+    stream: RecvStream,
+    buffer: BytesMut,
+}
+
+impl FrameReader {
+    pub fn new(stream: RecvStream) -> Self {
+        Self {
+            stream,
+            buffer: BytesMut::new(),
+        }
+    }
+
+    /// Type and body length of the next frame; `None` at a clean end of the stream.
+    pub async fn header(&mut self) -> Result<Option<(FrameType, usize)>, StreamError> {
+        loop {
+            if let Some(header) = frame::peek(&self.buffer)? {
+                return Ok(Some(header));
+            }
+            if !self.fill(READ_BYTES).await? {
+                return if self.buffer.is_empty() {
+                    Ok(None)
+                } else {
+                    Err(cut())
+                };
+            }
+        }
+    }
+
+    /// The next frame, whole; `None` at a clean end of the stream.
+    pub async fn next(&mut self) -> Result<Option<Frame>, StreamError> {
+        let Some((_, length)) = self.header().await? else {
+            return Ok(None);
+        };
+        loop {
+            if let Some(frame) = frame::decode(&mut self.buffer)? {
+                return Ok(Some(frame));
+            }
+            let missing = (HEADER_BYTES + length).saturating_sub(self.buffer.len());
+            if !self.fill(missing.max(READ_BYTES)).await? {
+                return Err(cut());
+            }
+        }
+    }
+
+    /// Reads more; false at the end of the stream.
+    async fn fill(&mut self, room: usize) -> Result<bool, StreamError> {
+        self.buffer.reserve(room);
+        match self.stream.read_buf(&mut self.buffer).await {
+            Ok(read) => Ok(read > 0),
+            Err(error) => Err(StreamError::Gone(error.to_string())),
+        }
+    }
+}
+
+fn cut() -> StreamError {
+    StreamError::Gone("it ended in the middle of a frame".to_owned())
+}
+
+/// Writes whole frames.
+pub struct FrameWriter {
+    stream: SendStream,
+}
+
+impl FrameWriter {
+    pub fn new(stream: SendStream) -> Self {
+        Self { stream }
+    }
+
+    /// The stream itself.
+    pub fn into_inner(self) -> SendStream {
+        self.stream
+    }
+
+    /// Writes an encoded frame, or several.
+    pub async fn write(&mut self, frames: Bytes) -> Result<(), StreamError> {
+        Ok(self.stream.write_chunk(frames).await?)
+    }
+
+    /// Writes frames that lie in pieces, without copying them together.
+    pub async fn write_pieces(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
+        Ok(self.stream.write_all_chunks(pieces).await?)
+    }
+
+    /// Encodes and writes a control frame.
+    pub async fn write_control<T: serde::Serialize>(
+        &mut self,
+        kind: FrameType,
+        value: &T,
+    ) -> Result<(), StreamError> {
+        self.write(frame::encode(kind, value)?).await
+    }
+
+    /// Says why the stream is over, and ends it.
+    pub async fn end(mut self, error: &WireError) {
+        // Whoever is not there any more need not be told.
+        if self.write_control(FrameType::Error, error).await.is_err()
+            || self.stream.finish().is_err()
+        {
+            let _ = self.stream.reset(code(error.code));
+        }
+    }
+
+    /// Ends the stream cleanly.
+    pub fn finish(mut self) {
+        // A stream that is gone needs no end.
+        let _ = self.stream.finish();
+    }
+}
+
+/// An error code as QUIC carries it.
+#[must_use]
+pub fn code(code: ErrorCode) -> VarInt {
+    VarInt::from_u32(u32::from(u16::from(code)))
+}

@@ -1,0 +1,184 @@
+//! What a dead letter tells: headers made when it is read, from its state and from the record that
+//! holds its last settlement. The message itself stays untouched.
+
+use bytes::{Bytes, BytesMut};
+use millpond_protocol::control::{DeadLetterView, HistoryView, Outcome};
+use millpond_protocol::limits::HISTORY_MAX;
+use millpond_protocol::message::put_header;
+use millpond_protocol::{Offset, Stamp};
+use millpond_queue::{Expired, HistoryItem, Letter, Record};
+use millpond_wal::storage::Storage;
+
+use crate::bodies::{Bodies, Run};
+
+/// The last settlement's own words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Story {
+    pub code: u32,
+    pub text: String,
+    pub history: Vec<HistoryItem>,
+}
+
+/// Reads the record that made a message dead. If it cannot be read, the letter is told without it.
+pub async fn story<S: Storage>(bodies: &Bodies<S>, letter: &Letter) -> Story {
+    match bodies.record(letter.place).await {
+        Ok((kind, body)) => match Record::decode(kind, &body) {
+            Ok(record) => from_record(&record, letter),
+            Err(error) => unreadable(&error),
+        },
+        Err(error) => unreadable(&error),
+    }
+}
+
+fn unreadable(error: &dyn std::fmt::Display) -> Story {
+    Story {
+        text: format!("(the record of the last settlement cannot be read: {error})"),
+        ..Story::default()
+    }
+}
+
+fn from_record(record: &Record<'_>, letter: &Letter) -> Story {
+    let offset = letter.source_offset;
+    match record {
+        Record::Settle { items, .. } => match items.iter().find(|item| item.lease.offset == offset)
+        {
+            Some(item) => settled(&item.outcome, &item.history),
+            None => Story::default(),
+        },
+        Record::Expire(Expired::Processing { items, .. }) => {
+            let item = items.iter().find(|item| item.lease.offset == offset);
+            let history = item
+                .map(|item| item.story.history.clone())
+                .unwrap_or_default();
+            Story {
+                text: "the handler took longer than the processing timeout".to_owned(),
+                code: 0,
+                history,
+            }
+        }
+        Record::Expire(Expired::Ttl { .. } | Expired::TopicTtl { .. }) => {
+            words("its time to live was over")
+        }
+        Record::Expire(Expired::MaxAge { .. }) => {
+            words("it became older than the subscription's max age")
+        }
+        Record::SessionEnd {
+            story: Some(story), ..
+        } => Story {
+            text: "its consumer's connection was lost and did not come back".to_owned(),
+            code: 0,
+            history: story.history.clone(),
+        },
+        Record::Lease { .. } => words("it was handed out too often without being finished"),
+        Record::Damaged { .. } => words("its bytes are damaged on disk"),
+        Record::Trim { .. } => words("the topic reached its limit"),
+        _ => Story::default(),
+    }
+}
+
+fn settled(outcome: &Outcome, history: &[HistoryItem]) -> Story {
+    let (code, text) = match outcome {
+        Outcome::Nack { code, reason, .. } | Outcome::Reject { code, reason, .. } => {
+            (*code, reason.clone())
+        }
+        Outcome::Release { .. } | Outcome::Extend => (0, String::new()),
+    };
+    Story {
+        code,
+        text,
+        history: history.to_vec(),
+    }
+}
+
+fn words(text: &str) -> Story {
+    Story {
+        text: text.to_owned(),
+        ..Story::default()
+    }
+}
+
+/// The `mp-dead-*` headers of a letter, in the message's header layout.
+#[must_use]
+pub fn headers(letter: &Letter, story: &Story) -> Bytes {
+    let mut out = BytesMut::new();
+    let mut put = |name: &str, value: String| put_header(&mut out, name, value.as_bytes());
+    put("mp-dead-reason", letter.reason.as_str().to_owned());
+    put("mp-dead-error-code", story.code.to_string());
+    put("mp-dead-error", story.text.clone());
+    put("mp-dead-topic", letter.source_topic.to_string());
+    put("mp-dead-offset", letter.source_offset.to_string());
+    put("mp-dead-subscription", letter.subscription.to_string());
+    put("mp-dead-failures", letter.failures.to_string());
+    put("mp-dead-deliveries", letter.deliveries.to_string());
+    put("mp-dead-releases", letter.releases.to_string());
+    put("mp-dead-redrives", letter.redrives.to_string());
+    if let Some(at) = letter.first_attempt_at {
+        put("mp-dead-first-attempt-at", at.to_string());
+    }
+    put("mp-dead-dead-at", letter.dead_at.to_string());
+    put("mp-dead-consumer", consumer(story));
+    put("mp-dead-history", history_text(&story.history));
+    out.freeze()
+}
+
+/// A line for each failure: time in µs, duration in ms, consumer, outcome, code; tabs between.
+fn history_text(history: &[HistoryItem]) -> String {
+    let mut out = String::new();
+    for item in last(history) {
+        let HistoryItem {
+            at,
+            duration_ms,
+            consumer,
+            outcome,
+            code,
+        } = item;
+        out.push_str(&format!(
+            "{at}\t{duration_ms}\t{consumer}\t{}\t{code}\n",
+            outcome.as_str()
+        ));
+    }
+    out
+}
+
+fn last(history: &[HistoryItem]) -> &[HistoryItem] {
+    &history[history.len().saturating_sub(HISTORY_MAX)..]
+}
+
+fn consumer(story: &Story) -> String {
+    story
+        .history
+        .last()
+        .map(|item| item.consumer.clone())
+        .unwrap_or_default()
+}
+
+/// A letter for a listing.
+#[must_use]
+pub fn view(offset: Offset, letter: &Letter, story: Story, body: Option<&Run>) -> DeadLetterView {
+    let history = last(&story.history).iter().map(|item| HistoryView {
+        at: item.at,
+        duration_ms: item.duration_ms,
+        consumer: item.consumer.clone(),
+        outcome: item.outcome.as_str().to_owned(),
+        code: item.code,
+    });
+    DeadLetterView {
+        offset,
+        source_topic: letter.source_topic.to_string(),
+        source_offset: letter.source_offset,
+        subscription: letter.subscription.to_string(),
+        reason: letter.reason,
+        error_code: story.code,
+        failures: letter.failures,
+        deliveries: letter.deliveries,
+        releases: letter.releases,
+        redrives: letter.redrives,
+        published_at: body.map_or(Stamp(0), |run| run.stamp),
+        first_attempt_at: letter.first_attempt_at,
+        dead_at: letter.dead_at,
+        consumer: consumer(&story),
+        history: history.collect(),
+        error: story.text,
+        message: body.map(|run| run.messages.clone()).unwrap_or_default(),
+    }
+}

@@ -1,0 +1,193 @@
+//! A consumer's settlement stream: it never queues behind payloads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use millpond_protocol::control::{OpenSettlements, Settle, SettleRefused, Settled};
+use millpond_protocol::frame::{Frame, FrameType, empty};
+use millpond_protocol::hot::{decode_acks, decode_commit};
+use millpond_protocol::limits::SETTLE_ROWS_MAX;
+use millpond_protocol::{ErrorCode, SessionId, WireError};
+use millpond_wal::storage::Storage;
+use tokio::sync::{Notify, mpsc};
+
+use super::frames::{FrameReader, FrameWriter, StreamError};
+use super::producer::both;
+use super::{Context, Registered, UNANSWERED_MAX};
+use crate::shard::io::{Input, Output, StreamId};
+
+/// Answers of the shard that are put into one frame.
+const COALESCE_MAX: usize = 1_024;
+
+/// Runs one settlement stream to its end.
+pub async fn run<S: Storage>(
+    context: Arc<Context<S>>,
+    mut writer: FrameWriter,
+    reader: FrameReader,
+    first: Frame,
+) {
+    let Ok(registered) = context.register().await else {
+        return;
+    };
+    let id = registered.id;
+    let result = session(&context, &mut writer, reader, first, registered).await;
+    context.unregister(id).await;
+    match result {
+        Ok(()) => writer.finish(),
+        Err(StreamError::Refused(error)) => writer.end(&error).await,
+        Err(error) => tracing::debug!(%error, "settlement stream ended"),
+    }
+}
+
+async fn session<S: Storage>(
+    context: &Context<S>,
+    writer: &mut FrameWriter,
+    reader: FrameReader,
+    first: Frame,
+    mut registered: Registered,
+) -> Result<(), StreamError> {
+    let OpenSettlements { session, token } = first.decode()?;
+    context
+        .shard
+        .input(Input::OpenSettlements {
+            stream: registered.id,
+            session,
+            token,
+        })
+        .await?;
+    match registered.outputs.recv().await {
+        Some(Output::SettlementsOpened) => {
+            writer.write(empty(FrameType::SettlementsOpened)).await?
+        }
+        Some(Output::End(error)) => return Err(error.into()),
+        _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
+    }
+    let unanswered = Unanswered::default();
+    let reading = read(context, reader, session, registered.id, &unanswered);
+    let writing = write(writer, &mut registered.outputs, &unanswered);
+    both(reading, registered.own, writing).await
+}
+
+/// Inputs that the shard has not answered; bounded by `UNANSWERED_MAX`.
+#[derive(Default)]
+struct Unanswered {
+    asked: AtomicU64,
+    answered: AtomicU64,
+    fewer: Notify,
+}
+
+impl Unanswered {
+    async fn ask(&self) {
+        loop {
+            let fewer = self.fewer.notified();
+            if self.asked.load(Ordering::Relaxed) - self.answered.load(Ordering::Relaxed)
+                < UNANSWERED_MAX
+            {
+                self.asked.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
+            fewer.await;
+        }
+    }
+
+    fn answer(&self) {
+        self.answered.fetch_add(1, Ordering::Relaxed);
+        self.fewer.notify_one();
+    }
+}
+
+async fn read<S: Storage>(
+    context: &Context<S>,
+    mut reader: FrameReader,
+    session: SessionId,
+    stream: StreamId,
+    unanswered: &Unanswered,
+) -> Result<(), StreamError> {
+    while let Some(frame) = reader.next().await? {
+        let input = match frame.kind {
+            FrameType::Acks => {
+                let acks = decode_acks(&frame.body)?;
+                Input::Settle {
+                    stream,
+                    session,
+                    acks,
+                    items: Vec::new(),
+                }
+            }
+            FrameType::Settle => {
+                let Settle { items } = frame.decode()?;
+                if items.len() > SETTLE_ROWS_MAX as usize {
+                    let text = format!("a settle frame has at most {SETTLE_ROWS_MAX} items");
+                    return Err(WireError::new(ErrorCode::TooLarge, text).into());
+                }
+                Input::Settle {
+                    stream,
+                    session,
+                    acks: Vec::new(),
+                    items,
+                }
+            }
+            FrameType::Commit => Input::Commit {
+                stream,
+                session,
+                next: decode_commit(&frame.body)?,
+            },
+            FrameType::Renew => {
+                context.shard.input(Input::Renew { session }).await?;
+                continue;
+            }
+            FrameType::CloseSession => Input::CloseSession { stream, session },
+            found => return Err(millpond_protocol::frame::FrameError::Unexpected { found }.into()),
+        };
+        unanswered.ask().await;
+        context.shard.input(input).await?;
+    }
+    Ok(())
+}
+
+async fn write(
+    writer: &mut FrameWriter,
+    outputs: &mut mpsc::UnboundedReceiver<Output>,
+    unanswered: &Unanswered,
+) -> Result<(), StreamError> {
+    let mut settled = Settled::default();
+    while let Some(first) = outputs.recv().await {
+        let mut next = Some(first);
+        let mut end = None;
+        let before = settled.upto;
+        for _ in 0..COALESCE_MAX {
+            match next {
+                Some(Output::Settled { count, refused }) => {
+                    unanswered.answer();
+                    let base = settled.upto;
+                    let named = |(ordinal, code, state)| SettleRefused {
+                        ordinal: base + ordinal,
+                        code,
+                        state,
+                    };
+                    settled.refused.extend(refused.into_iter().map(named));
+                    settled.upto += count;
+                }
+                Some(Output::SessionClosed) => end = Some(Ok(())),
+                Some(Output::End(error)) => end = Some(Err(error)),
+                Some(_) => {}
+                None => break,
+            }
+            next = if end.is_none() {
+                outputs.try_recv().ok()
+            } else {
+                None
+            };
+        }
+        if settled.upto > before {
+            writer.write_control(FrameType::Settled, &settled).await?;
+            settled.refused.clear();
+        }
+        match end {
+            Some(Ok(())) => return writer.write(empty(FrameType::SessionClosed)).await,
+            Some(Err(error)) => return Err(error.into()),
+            None => {}
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,277 @@
+//! Upkeep: snapshots, spare segments, segments that nothing needs, segments that are mostly dead.
+//!
+//! The long part of each is a `Job` for another thread; only planning it and installing its result
+//! happen here, between commits. One job of a kind runs at a time.
+
+use millpond_protocol::{LogIndex, Offset, TopicId};
+use millpond_queue::Place;
+use millpond_wal::snapshot::SnapshotError;
+use millpond_wal::storage::Storage;
+use millpond_wal::{
+    CleanDone, CleanJob, Contents, JobError, LogError, Row, SealDone, SealJob, SegmentInfo,
+    SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage,
+};
+
+use super::{Fatal, Outbox, Shard};
+use crate::clock::Clock;
+
+/// How often upkeep looks for something to do, in microseconds.
+const UPKEEP_EVERY_US: u64 = 1_000_000;
+/// A segment is cleaned when at most this share of its messages is still needed, in percent.
+const CLEAN_LIVE_PERCENT: u64 = 25;
+
+/// Long work for a thread of its own.
+pub enum Job<S: Storage> {
+    Snapshot(SnapshotJob<S>),
+    Seal(SealJob<S>),
+    Spare(SpareJob<S>),
+    Clean(CleanJob<S>),
+}
+
+/// Its result, for `Shard::job_done`.
+pub enum Done<S: Storage> {
+    Snapshot(Result<SnapshotDone, SnapshotError>),
+    Seal(Result<SealDone<S>, JobError>),
+    Spare(Result<SpareDone, JobError>),
+    Clean(Result<CleanDone<S>, JobError>),
+}
+
+impl<S: Storage> Job<S> {
+    /// Does the work. May take seconds.
+    #[must_use]
+    pub fn run(self) -> Done<S> {
+        match self {
+            Self::Snapshot(job) => Done::Snapshot(job.run()),
+            Self::Seal(job) => Done::Seal(job.run()),
+            Self::Spare(job) => Done::Spare(job.run()),
+            Self::Clean(job) => Done::Clean(job.run()),
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Maintenance {
+    snapshot_every_bytes: u64,
+    bytes_since_snapshot: u64,
+    snapshot_running: bool,
+    seal_running: bool,
+    spare_running: bool,
+    clean_running: bool,
+    next_us: u64,
+}
+
+impl Maintenance {
+    pub(super) fn new(snapshot_every_bytes: u64, replayed_bytes: u64) -> Self {
+        Self {
+            snapshot_every_bytes,
+            bytes_since_snapshot: replayed_bytes,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn note_commit(&mut self, bytes: u64) {
+        self.bytes_since_snapshot += bytes;
+    }
+
+    pub(super) fn wait_us(&self, clock_us: u64) -> u64 {
+        self.next_us
+            .saturating_sub(clock_us)
+            .clamp(1, UPKEEP_EVERY_US)
+    }
+}
+
+impl<S: Storage, C: Clock> Shard<S, C> {
+    /// Plans what is due. Cheap when nothing is.
+    pub fn upkeep(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        if self.gates.read_only {
+            return Ok(());
+        }
+        if self.maintenance.bytes_since_snapshot >= self.maintenance.snapshot_every_bytes {
+            self.plan_snapshot(out)?;
+        }
+        self.plan_seal(out);
+        let clock_us = self.stamper.clock().boottime_us();
+        if clock_us < self.maintenance.next_us {
+            return Ok(());
+        }
+        self.maintenance.next_us = clock_us + UPKEEP_EVERY_US;
+        if !self.maintenance.spare_running
+            && let Some(job) = self.log.spare_job()
+        {
+            self.maintenance.spare_running = true;
+            out.jobs.push(Job::Spare(job));
+        }
+        self.reclaim(out)
+    }
+
+    /// Takes the result of a job in.
+    ///
+    /// # Errors
+    /// A full disk leaves everything as it was; the job is tried again. Any other failed write is fatal:
+    /// what the disk holds is unknown.
+    pub fn job_done(&mut self, done: Done<S>) -> Result<(), Fatal> {
+        match done {
+            Done::Snapshot(result) => {
+                self.maintenance.snapshot_running = false;
+                match result {
+                    Ok(done) => self.log.install_snapshot(done)?,
+                    Err(error) => {
+                        tracing::warn!(%error, "a snapshot could not be written; the next one will be whole");
+                        self.queue.forget_snapshots();
+                    }
+                }
+            }
+            Done::Seal(result) => {
+                self.maintenance.seal_running = false;
+                if let Some(done) = unless_full(result, "a segment could not be sealed")? {
+                    self.log.install_sealed(done)?;
+                }
+            }
+            Done::Spare(result) => {
+                self.maintenance.spare_running = false;
+                if let Some(done) = unless_full(result, "a spare segment could not be prepared")? {
+                    self.log.install_spare(done);
+                }
+            }
+            Done::Clean(result) => {
+                self.maintenance.clean_running = false;
+                if let Some(done) = unless_full(result, "a segment could not be cleaned")? {
+                    self.log.install_cleaned(done)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn plan_seal(&mut self, out: &mut Outbox<S>) {
+        if !self.maintenance.seal_running
+            && let Some(job) = self.log.seal_job()
+        {
+            self.maintenance.seal_running = true;
+            out.jobs.push(Job::Seal(job));
+        }
+    }
+
+    fn plan_snapshot(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        if self.maintenance.snapshot_running {
+            return Ok(());
+        }
+        self.maintenance.snapshot_running = true;
+        self.maintenance.bytes_since_snapshot = 0;
+        let delta = self.queue.snapshot();
+        let dirty = delta
+            .dirty
+            .into_iter()
+            .map(|(id, bytes)| (millpond_wal::ChunkId(id), bytes))
+            .collect();
+        let removed = delta
+            .removed
+            .into_iter()
+            .map(millpond_wal::ChunkId)
+            .collect();
+        let index = self.log.durable();
+        let job = self.log.snapshot_job(index, dirty, removed)?;
+        out.jobs.push(Job::Snapshot(job));
+        Ok(())
+    }
+
+    /// Removes the segments that nothing needs and plans the cleaning of one that is mostly dead.
+    fn reclaim(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        let mut dead = Vec::new();
+        let mut mostly_dead = None;
+        for segment in self.log.segments() {
+            if segment.stage != Stage::Sealed || !segment.covered {
+                continue;
+            }
+            match self.live_percent(&segment) {
+                None => dead.push(segment.id),
+                Some(percent)
+                    if percent <= CLEAN_LIVE_PERCENT && segment.contents != Contents::Sparse =>
+                {
+                    mostly_dead = mostly_dead.or(Some(segment));
+                }
+                Some(_) => {}
+            }
+        }
+        if !dead.is_empty() {
+            let bytes = self.log.remove_segments(&dead)?;
+            tracing::info!(
+                segments = dead.len(),
+                bytes,
+                "removed segments that nothing needs"
+            );
+        }
+        match mostly_dead {
+            Some(segment) if !self.maintenance.clean_running => self.plan_clean(&segment, out),
+            _ => Ok(()),
+        }
+    }
+
+    fn plan_clean(&mut self, segment: &SegmentInfo, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        let queue = &self.queue;
+        let row_lives = |row: &Row| {
+            let end = Offset(row.base + u64::from(row.count));
+            queue.live_between(TopicId(row.topic), Offset(row.base), end) > 0
+        };
+        let pins = queue.pins_between(LogIndex(segment.first.0), LogIndex(segment.last.0));
+        let kept = pins.map(|place| millpond_wal::Place {
+            index: millpond_wal::LogIndex(place.index.0),
+            record: place.record,
+        });
+        match self.log.clean_plan(segment.id, kept, row_lives) {
+            Ok(job) => {
+                self.maintenance.clean_running = true;
+                out.jobs.push(Job::Clean(job));
+                Ok(())
+            }
+            // What cannot be read is not thrown away.
+            Err(LogError::Read(error)) => {
+                tracing::warn!(%error, "a segment is damaged and is not cleaned");
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// How much of a segment is needed; `None`: nothing at all.
+    fn live_percent(&self, segment: &SegmentInfo) -> Option<u64> {
+        let mut pins = self
+            .queue
+            .pins_between(LogIndex(segment.first.0), LogIndex(segment.last.0));
+        let pinned = pins.next().is_some();
+        let (mut asked, mut live) = (0, 0);
+        for range in &segment.topics {
+            let topic = TopicId(range.topic);
+            asked += range.end_offset - range.first_offset;
+            live += self.queue.live_between(
+                topic,
+                Offset(range.first_offset),
+                Offset(range.end_offset),
+            );
+        }
+        if live == 0 && !pinned {
+            None
+        } else {
+            Some(live * 100 / asked.max(1))
+        }
+    }
+}
+
+/// What a job made, unless the disk was full.
+fn unless_full<T>(result: Result<T, JobError>, what: &str) -> Result<Option<T>, Fatal> {
+    match result {
+        Ok(done) => Ok(Some(done)),
+        Err(error) if error.is_disk_full() => {
+            tracing::warn!(%error, "{what}: the disk is full");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+pub(super) fn place_of(place: millpond_wal::Place) -> Place {
+    Place {
+        index: LogIndex(place.index.0),
+        record: place.record,
+    }
+}

@@ -1,0 +1,188 @@
+//! Opening a shard: the log recovers, the queue is restored from the snapshot and folds what came
+//! after it, and a `Start` record begins the new incarnation.
+
+use millpond_protocol::Stamp;
+use millpond_queue::{Effect, Queue, Record, RecordError};
+use millpond_wal::snapshot::SnapshotError;
+use millpond_wal::storage::Storage;
+use millpond_wal::{
+    Log, LogError, OpenError, Options, RecoveryReport, ReplayEnd, ReplayRecord, Row,
+};
+
+use super::answer::{Origin, row_of};
+use super::maintain::{Maintenance, place_of};
+use super::{Gates, Shard};
+use crate::clock::{Clock, Stamper};
+
+/// How a shard is laid out.
+#[derive(Clone, Debug)]
+pub struct ShardOptions {
+    pub log: Options,
+    /// Bytes of log after which a snapshot is taken, so that replay is bounded.
+    pub snapshot_every_bytes: u64,
+}
+
+/// Why a shard cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenShardError {
+    #[error(transparent)]
+    Log(#[from] OpenError),
+    #[error("the log cannot be replayed: {0}")]
+    Replay(#[from] LogError),
+    #[error("the snapshot cannot be read: {0}")]
+    Snapshot(#[from] SnapshotError),
+    #[error("the snapshot cannot be restored ({0}); `millpond log verify` tells more")]
+    Restore(#[from] millpond_queue::RestoreError),
+    #[error("the log holds a record that this version cannot read ({0}); use a newer version")]
+    Record(#[from] RecordError),
+    #[error("the start could not be written: {0}")]
+    Start(#[from] super::Fatal),
+}
+
+/// What opening found, for the broker's log and metrics.
+#[derive(Debug)]
+pub struct Recovered {
+    pub report: RecoveryReport,
+    pub replayed_records: u64,
+    pub replayed_bytes: u64,
+    pub damaged: bool,
+}
+
+impl<S: Storage, C: Clock> Shard<S, C> {
+    /// Recovers what the storage holds and begins a new incarnation.
+    pub fn open(
+        storage: S,
+        clock: C,
+        saved_clock: Option<&[u8]>,
+        options: ShardOptions,
+    ) -> Result<(Self, Recovered), OpenShardError> {
+        let mut opened = Log::open(storage, options.log)?;
+        let seed = seed_of(opened.log.store_id());
+        let queue_options = millpond_queue::Options {
+            seed,
+            ..millpond_queue::Options::default()
+        };
+        let queue = match opened.snapshot.take() {
+            Some(snapshot) => {
+                let chunks: Result<Vec<_>, _> = snapshot.chunks().collect();
+                Queue::restore(
+                    queue_options,
+                    chunks?.into_iter().map(|(id, bytes)| (id.0, bytes)),
+                )?
+            }
+            None => Queue::new(queue_options),
+        };
+        let mut fold = Fold {
+            last: queue.last_stamp(),
+            queue,
+            records: 0,
+            bytes: 0,
+            effects: Vec::new(),
+            failed: None,
+        };
+        let end = fold.replay(&mut opened.log)?;
+        let damaged = matches!(end, ReplayEnd::Damaged { .. });
+        let recovered = Recovered {
+            report: opened.report,
+            replayed_records: fold.records,
+            replayed_bytes: fold.bytes,
+            damaged,
+        };
+        let stamper = Stamper::restore(clock, saved_clock, fold.last);
+        let shard = Self::assemble(
+            opened.log,
+            fold.queue,
+            stamper,
+            options.snapshot_every_bytes,
+            &recovered,
+        )?;
+        Ok((shard, recovered))
+    }
+
+    fn assemble(
+        log: Log<S>,
+        queue: Queue,
+        stamper: Stamper<C>,
+        snapshot_every_bytes: u64,
+        recovered: &Recovered,
+    ) -> Result<Self, OpenShardError> {
+        let group = log.new_group();
+        let mut shard = Self {
+            maintenance: Maintenance::new(snapshot_every_bytes, recovered.replayed_bytes),
+            gates: Gates {
+                read_only: recovered.damaged,
+                ..Gates::default()
+            },
+            group,
+            log,
+            queue,
+            stamper,
+            pending: Vec::new(),
+            refused: Vec::new(),
+            awaited: false,
+            idle_since_us: 0,
+            vouch_since_us: None,
+            attached: std::collections::BTreeMap::new(),
+            next_session: 0,
+            effects: Vec::new(),
+            proposals: Vec::new(),
+            scratch: Vec::new(),
+            more_to_dispatch: true,
+        };
+        if !shard.gates.read_only {
+            let recovery_epoch = shard.log.recovery_epoch();
+            shard.push(&Record::Start { recovery_epoch }, Origin::Own);
+            shard.commit(&mut super::Outbox::default())?;
+        }
+        Ok(shard)
+    }
+}
+
+struct Fold {
+    queue: Queue,
+    last: Stamp,
+    records: u64,
+    bytes: u64,
+    effects: Vec<Effect>,
+    failed: Option<RecordError>,
+}
+
+impl Fold {
+    fn replay<S: Storage>(&mut self, log: &mut Log<S>) -> Result<ReplayEnd, OpenShardError> {
+        let end = log.replay(|entry, rows| {
+            for record in entry.records() {
+                if self.failed.is_some() {
+                    return;
+                }
+                match self.fold(&record) {
+                    Ok(row) => row.into_iter().for_each(|row| rows.add(row)),
+                    Err(error) => self.failed = Some(error),
+                }
+            }
+        })?;
+        match self.failed.take() {
+            Some(error) => Err(error.into()),
+            None => Ok(end),
+        }
+    }
+
+    /// Applies one record; nobody is there to be told of its outcome.
+    fn fold(&mut self, record: &ReplayRecord<'_>) -> Result<Option<Row>, RecordError> {
+        let decoded = Record::decode(record.kind, record.body)?;
+        let place = place_of(record.place);
+        self.last = Stamp(record.stamp);
+        self.records += 1;
+        self.bytes += record.body.len() as u64;
+        self.effects.clear();
+        let outcome = self
+            .queue
+            .apply(place, self.last, &decoded, &mut self.effects);
+        Ok(row_of(record.place, self.last, &outcome))
+    }
+}
+
+fn seed_of(store_id: [u8; 16]) -> u64 {
+    let mut seed = [0; 8];
+    seed.copy_from_slice(&store_id[..8]);
+    u64::from_le_bytes(seed)
+}

@@ -1,0 +1,329 @@
+//! The thread that owns the shard: takes inputs, commits, answers, and hands long work to the
+//! upkeep thread. Everything that leaves goes through `Router`.
+//!
+//! One round: drain what has come in (up to a full group), commit it if anybody waits, answer, let
+//! the queue hand out, answer again. Writing inline, without a log thread, saves two thread hops a
+//! commit; what comes in during a sync gathers in the inbox and makes the next group.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use millpond_wal::storage::Storage;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::bodies::{Cache, Share};
+use crate::clock::{ANCHOR_BYTES, Clock};
+use crate::memory::Permit;
+use crate::metrics::BrokerMetrics;
+use crate::shard::io::{Input, Output, StreamId};
+use crate::shard::{Done, Fatal, Job, Outbox, Shard};
+
+/// Messages waiting for the shard; about 100 bytes each beside the bodies, which hold permits.
+const INBOX_MAX: usize = 65_536;
+/// Jobs waiting for the upkeep thread; the shard starts at most one of each kind.
+const JOBS_MAX: usize = 8;
+/// How long a full inbox is left alone before the next try.
+const INBOX_RETRY: Duration = Duration::from_millis(1);
+
+/// What the shard thread is told.
+pub enum Message<S: Storage> {
+    Register(StreamId, mpsc::UnboundedSender<Output>),
+    Unregister(StreamId),
+    Input(Input<Option<Permit>>),
+    Done(Done<S>),
+    Gates { disk_low: bool, no_leases: bool },
+    Look(Box<dyn FnOnce(&mut dyn Look) + Send>),
+    Stop(StopReply),
+}
+
+/// What may be looked at on the shard thread between rounds.
+pub trait Look {
+    fn queue(&self) -> &millpond_queue::Queue;
+    fn status(&self) -> millpond_protocol::control::StatusView;
+    fn remarks(&self) -> Vec<String>;
+}
+
+impl<S: Storage, C: Clock> Look for Shard<S, C> {
+    fn queue(&self) -> &millpond_queue::Queue {
+        Shard::queue(self)
+    }
+
+    fn status(&self) -> millpond_protocol::control::StatusView {
+        Shard::status(self)
+    }
+
+    fn remarks(&self) -> Vec<String> {
+        Shard::remarks(self)
+    }
+}
+
+/// The way to the shard; cheap to clone.
+pub struct ShardHandle<S: Storage> {
+    inbox: Sender<Message<S>>,
+}
+
+impl<S: Storage> Clone for ShardHandle<S> {
+    fn clone(&self) -> Self {
+        Self {
+            inbox: self.inbox.clone(),
+        }
+    }
+}
+
+/// The shard has stopped; nothing more is acknowledged.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the broker has stopped")]
+pub struct Stopped;
+
+impl<S: Storage> ShardHandle<S> {
+    /// Sends, waiting while the inbox is full. Cancel-safe: cancelled, nothing was sent.
+    pub async fn send(&self, message: Message<S>) -> Result<(), Stopped> {
+        let mut message = message;
+        loop {
+            match self.inbox.try_send(message) {
+                Ok(()) => return Ok(()),
+                Err(TrySendError::Disconnected(_)) => return Err(Stopped),
+                Err(TrySendError::Full(back)) => message = back,
+            }
+            tokio::time::sleep(INBOX_RETRY).await;
+        }
+    }
+
+    /// Sends an input.
+    pub async fn input(&self, input: Input<Option<Permit>>) -> Result<(), Stopped> {
+        self.send(Message::Input(input)).await
+    }
+
+    /// Runs `look` on the shard thread between rounds and returns what it found.
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&mut dyn Look) -> T + Send + 'static,
+    ) -> Result<T, Stopped> {
+        let (tell, told) = oneshot::channel();
+        let look = Box::new(move |shard: &mut dyn Look| {
+            // The asker may have gone.
+            let _ = tell.send(look(shard));
+        });
+        self.send(Message::Look(look)).await?;
+        told.await.map_err(|_| Stopped)
+    }
+}
+
+/// The threads of one shard.
+pub struct ShardThread<S: Storage> {
+    pub handle: ShardHandle<S>,
+    /// Becomes `Some` when the shard has failed; it has stopped then.
+    pub failed: watch::Receiver<Option<Arc<Fatal>>>,
+    shard: std::thread::JoinHandle<()>,
+    upkeep: std::thread::JoinHandle<()>,
+}
+
+impl<S: Storage> ShardThread<S> {
+    /// Starts the shard's thread and the upkeep thread.
+    pub fn start<C: Clock>(
+        shard: Shard<S, C>,
+        cache: Arc<Cache>,
+        metrics: Arc<BrokerMetrics>,
+    ) -> std::io::Result<Self> {
+        let (inbox, messages) = bounded(INBOX_MAX);
+        let (jobs, todo) = bounded::<Job<S>>(JOBS_MAX);
+        let (tell_failed, failed) = watch::channel(None);
+        let done = inbox.clone();
+        let upkeep = std::thread::Builder::new()
+            .name("millpond-upkeep".to_owned())
+            .spawn(move || {
+                for job in todo {
+                    if done.send(Message::Done(job.run())).is_err() {
+                        return;
+                    }
+                }
+            })?;
+        let mut rounds = Rounds {
+            shard,
+            messages,
+            jobs,
+            cache,
+            metrics,
+            router: Router::default(),
+            out: Outbox::default(),
+        };
+        let shard = std::thread::Builder::new().name("millpond-shard".to_owned()).spawn(move || {
+            match rounds.run() {
+                Ok(stopped) => rounds.close(stopped),
+                Err(fatal) => {
+                    tracing::error!(%fatal, "the broker stops: what was not acknowledged is unknown to its senders");
+                    tell_failed.send_replace(Some(Arc::new(fatal)));
+                }
+            }
+        })?;
+        Ok(Self {
+            handle: ShardHandle { inbox },
+            failed,
+            shard,
+            upkeep,
+        })
+    }
+
+    /// Commits, seals and ends both threads.
+    pub async fn stop(self) -> Result<[u8; ANCHOR_BYTES], Option<Fatal>> {
+        let (tell, told) = oneshot::channel();
+        let sent = self.handle.send(Message::Stop(tell)).await;
+        drop(self.handle);
+        let result = match (sent, told.await) {
+            (Ok(()), Ok(result)) => result.map_err(Some),
+            _ => Err(None),
+        };
+        let join = move || {
+            // A panic in either has been reported by its own thread.
+            let _ = (self.shard.join(), self.upkeep.join());
+        };
+        let _ = tokio::task::spawn_blocking(join).await;
+        result
+    }
+}
+
+struct Rounds<S: Storage, C: Clock> {
+    shard: Shard<S, C>,
+    messages: Receiver<Message<S>>,
+    jobs: Sender<Job<S>>,
+    cache: Arc<Cache>,
+    metrics: Arc<BrokerMetrics>,
+    router: Router,
+    out: Outbox<S>,
+}
+
+type StopReply = oneshot::Sender<Result<[u8; ANCHOR_BYTES], Fatal>>;
+
+impl<S: Storage, C: Clock> Rounds<S, C> {
+    /// Runs until told to stop, or until every handle is gone.
+    fn run(&mut self) -> Result<Option<StopReply>, Fatal> {
+        loop {
+            let first = match self.wait() {
+                Ok(first) => first,
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => None,
+            };
+            if let Some(stop) = self.take_in(first)? {
+                return Ok(Some(stop));
+            }
+            self.shard.commit_if_due(&mut self.out)?;
+            self.flush();
+            self.shard.dispatch(&mut self.out);
+            self.shard.upkeep(&mut self.out)?;
+            self.flush();
+            self.shard.vouch_if_due()?;
+        }
+    }
+
+    fn wait(&mut self) -> Result<Option<Message<S>>, RecvTimeoutError> {
+        if let Ok(message) = self.messages.try_recv() {
+            return Ok(Some(message));
+        }
+        match self.shard.wait_us() {
+            0 => Ok(None),
+            us => self
+                .messages
+                .recv_timeout(Duration::from_micros(us))
+                .map(Some),
+        }
+    }
+
+    /// Takes in what has come, until the group is full.
+    fn take_in(&mut self, first: Option<Message<S>>) -> Result<Option<StopReply>, Fatal> {
+        let mut next = first;
+        while let Some(message) = next {
+            match message {
+                Message::Input(input) => self.shard.input(input, &mut self.out),
+                Message::Register(stream, sender) => self.router.add(stream, sender),
+                Message::Unregister(stream) => self.router.remove(stream),
+                Message::Done(done) => self.shard.job_done(done)?,
+                Message::Gates {
+                    disk_low,
+                    no_leases,
+                } => self.shard.set_gates(disk_low, no_leases),
+                Message::Look(look) => look(&mut self.shard),
+                Message::Stop(reply) => return Ok(Some(reply)),
+            }
+            if self.shard.is_group_full() {
+                break;
+            }
+            next = self.messages.try_recv().ok();
+        }
+        Ok(None)
+    }
+
+    /// Lets everything out that the round has produced.
+    fn flush(&mut self) {
+        let mut group_bytes = 0;
+        for commit in self.out.commits.drain(..) {
+            self.metrics.observe_commit(
+                commit.records,
+                commit.bytes,
+                Duration::from_micros(commit.sync_us),
+            );
+            group_bytes = commit.bytes;
+        }
+        if !self.out.fresh.is_empty() {
+            self.cache
+                .fill(self.out.fresh.drain(..), Share::of_group(group_bytes));
+        }
+        for (stream, output) in self.out.replies.drain(..) {
+            self.router.send(stream, output);
+        }
+        for name in self.out.revoked.drain(..) {
+            self.router.revoke(&name);
+        }
+        for job in self.out.jobs.drain(..) {
+            if self.jobs.try_send(job).is_err() {
+                tracing::error!("the upkeep thread has ended; space is no longer reclaimed");
+            }
+        }
+    }
+
+    fn close(mut self, reply: Option<StopReply>) {
+        let committed = self.shard.commit(&mut self.out);
+        self.flush();
+        let result = committed.and_then(|()| self.shard.close(&mut Outbox::default()));
+        if let Some(reply) = reply {
+            // Whoever asked may have gone; the log is closed either way.
+            let _ = reply.send(result);
+        }
+    }
+}
+
+/// Finds the stream that an answer is for.
+///
+/// The channels are unbounded because what is in them is bounded elsewhere: acknowledgements by a
+/// producer's credit, deliveries by a consumer's, settlements and responses by `UNANSWERED_MAX`.
+#[derive(Default)]
+struct Router {
+    streams: HashMap<StreamId, mpsc::UnboundedSender<Output>>,
+}
+
+impl Router {
+    fn add(&mut self, stream: StreamId, sender: mpsc::UnboundedSender<Output>) {
+        self.streams.insert(stream, sender);
+    }
+
+    fn remove(&mut self, stream: StreamId) {
+        self.streams.remove(&stream);
+    }
+
+    fn send(&self, stream: StreamId, output: Output) {
+        if let Some(sender) = self.streams.get(&stream) {
+            // A stream that has gone will be unregistered by its session.
+            let _ = sender.send(output);
+        }
+    }
+
+    /// Every control stream decides for itself whether the revoked token is its own.
+    fn revoke(&self, name: &str) {
+        for sender in self.streams.values() {
+            let _ = sender.send(Output::Revoked {
+                token: name.to_owned(),
+            });
+        }
+    }
+}

@@ -15,6 +15,7 @@ mod effect;
 mod limits;
 mod queue;
 mod record;
+mod upkeep;
 mod view;
 
 pub use counters::{Counters, FAILURE_CODES_MAX, LATE_BUCKETS_MS};

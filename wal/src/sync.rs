@@ -2,7 +2,8 @@
 //!
 //! Only [`crate::watermark`], [`crate::gate`] and [`crate::retire`] use it; their models run under
 //! `--cfg loom`, everything else only has to compile there. The two wrappers hide that one family of
-//! locks can be poisoned and the other cannot.
+//! locks can be poisoned and the other cannot. The models run by
+//! `RUSTFLAGS="--cfg loom" cargo test -p millpond-wal --release --lib loom`, in about two minutes.
 
 #[cfg(loom)]
 pub(crate) use loom::sync::Arc;

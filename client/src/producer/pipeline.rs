@@ -619,3 +619,6 @@ impl Pipeline {
         self.pending.take(u64::from(batch.count), batch.bytes.len());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,8 +13,8 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::buffer::BufferPool;
 use crate::directory::{OpenTable, Row, Spot, Unreadable};
-use crate::entry::{EntryHeader, EntryKind, LogIndex, Place, check_payload};
-use crate::error::{IndexRange, JobError, LogError, ReadError};
+use crate::entry::{EntryHeader, EntryKind, LogIndex, Place};
+use crate::error::{JobError, LogError, ReadError};
 use crate::log::Log;
 use crate::manifest::Change;
 use crate::record::{Group, Records};
@@ -203,25 +203,13 @@ impl<S: Storage> CleanJob<S> {
 
     /// One entry of the old segment, checked.
     fn entry(&self, index: LogIndex) -> Result<(EntryHeader, Vec<u8>), ReadError> {
-        let damaged = ReadError::Damaged(IndexRange {
-            first: index,
-            last: index,
-        });
         let spot = self
             .segment
             .spot(index)?
             .ok_or(ReadError::NotFound(index))?;
-        let mut bytes = vec![0; spot.bytes()];
-        self.segment.fill(spot.position(), &mut bytes)?;
-        match EntryHeader::decode(&bytes) {
-            Ok((header, _))
-                if (header.index, header.segment) == (index, self.segment.uuid)
-                    && check_payload(&header, &bytes).is_ok() =>
-            {
-                Ok((header, bytes))
-            }
-            _ => Err(damaged),
-        }
+        let mut bytes = Vec::new();
+        let header = self.segment.read_entry(spot, &mut bytes)?;
+        Ok((header, bytes))
     }
 }
 

@@ -20,12 +20,15 @@
 //!
 //! It deliberately gives topics and offsets no meaning; to the log they are keys.
 
+mod layout;
+
 use std::collections::BTreeMap;
 use std::io;
 
-use zerocopy::little_endian::{U32, U64};
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
-
+use self::layout::{
+    BLOCK_HEADER_BYTES, Item, PER_BLOCK_ROWS, PER_BLOCK_SPANS, PER_BLOCK_SPOTS, RawRow, RawSpan,
+    RawSpot, Writer, block_is_good,
+};
 use crate::entry::{LogIndex, Place};
 use crate::segment::Footer;
 use crate::storage::BLOCK_BYTES;
@@ -108,13 +111,6 @@ impl OpenTable {
         Some(self.spots[at])
     }
 
-    /// The row that holds `offset`, or the next one behind it.
-    pub fn find(&self, topic: u32, offset: u64) -> Option<Row> {
-        let rows = self.topics.get(&topic)?;
-        rows.get(rows.partition_point(|row| row.end() <= offset))
-            .copied()
-    }
-
     /// The first row of the topic whose stamp is at least `stamp`.
     pub fn find_stamp(&self, topic: u32, stamp: u64) -> Option<Row> {
         let rows = self.topics.get(&topic)?;
@@ -153,15 +149,11 @@ impl OpenTable {
 
     /// One copy of the directory, as it is written.
     pub fn encode(&self, uuid: [u8; 16]) -> Vec<u8> {
-        let mut out = Writer {
-            uuid,
-            bytes: Vec::new(),
-            number: 0,
-        };
+        let mut out = Writer::new(uuid);
         out.items(self.spans().iter().map(RawSpan::from));
         out.items(self.spots.iter().map(RawSpot::from));
         out.items(self.topics.values().flatten().map(RawRow::from));
-        out.bytes
+        out.finish()
     }
 }
 
@@ -290,8 +282,7 @@ pub(crate) fn bad_blocks(copy: &[u8], uuid: [u8; 16]) -> u64 {
 
 /// Whether sealing of the segment `uuid` wrote this block (perhaps before it was interrupted).
 pub(crate) fn is_directory_block(block: &[u8], uuid: [u8; 16]) -> bool {
-    BlockHeader::read_from_prefix(block)
-        .is_ok_and(|(header, _)| header.magic == MAGIC && header.tag == tag_of(uuid))
+    layout::belongs_to(block, uuid)
 }
 
 /// A directory block cannot be had from either copy.
@@ -305,216 +296,6 @@ fn span_rows(span: &TopicSpan) -> (u64, u64) {
     let first = u64::from(span.first_row);
     (first, first + u64::from(span.rows))
 }
-
-fn block_is_good(block: &[u8], number: u64, uuid: [u8; 16]) -> bool {
-    let Ok((header, _)) = BlockHeader::read_from_prefix(block) else {
-        return false;
-    };
-    header.magic == MAGIC
-        && u64::from(header.number.get()) == number
-        && header.tag == tag_of(uuid)
-        && crc32fast::hash(&block[4..]) == header.crc.get()
-}
-
-fn tag_of(uuid: [u8; 16]) -> [u8; 4] {
-    [uuid[0], uuid[1], uuid[2], uuid[3]]
-}
-
-struct Writer {
-    uuid: [u8; 16],
-    bytes: Vec<u8>,
-    number: u32,
-}
-
-impl Writer {
-    fn items<T: Item>(&mut self, items: impl Iterator<Item = T>) {
-        let mut in_block = 0;
-        for item in items {
-            if in_block == 0 {
-                self.begin_block();
-            }
-            self.bytes.extend_from_slice(item.as_bytes());
-            in_block = (in_block + 1) % T::PER_BLOCK;
-            if in_block == 0 {
-                self.end_block();
-            }
-        }
-        if in_block > 0 {
-            self.end_block();
-        }
-    }
-
-    fn begin_block(&mut self) {
-        let header = BlockHeader {
-            crc: U32::ZERO,
-            magic: MAGIC,
-            number: U32::new(self.number),
-            tag: tag_of(self.uuid),
-        };
-        self.bytes.extend_from_slice(header.as_bytes());
-        self.number += 1;
-    }
-
-    fn end_block(&mut self) {
-        let end = self.bytes.len().next_multiple_of(BLOCK_BYTES);
-        self.bytes.resize(end, 0);
-        let block = &mut self.bytes[end - BLOCK_BYTES..];
-        let crc = crc32fast::hash(&block[4..]);
-        block[..4].copy_from_slice(&crc.to_le_bytes());
-    }
-}
-
-trait Item: FromBytes + IntoBytes + Immutable + KnownLayout + Unaligned + Copy {
-    const PER_BLOCK: u64 = ((BLOCK_BYTES - BLOCK_HEADER_BYTES) / size_of::<Self>()) as u64;
-
-    fn first_block(footer: &Footer) -> u64;
-}
-
-impl Item for RawSpan {
-    fn first_block(_: &Footer) -> u64 {
-        0
-    }
-}
-
-impl Item for RawSpot {
-    fn first_block(footer: &Footer) -> u64 {
-        footer.topics.div_ceil(PER_BLOCK_SPANS)
-    }
-}
-
-impl Item for RawRow {
-    fn first_block(footer: &Footer) -> u64 {
-        RawSpot::first_block(footer) + footer.entries.div_ceil(PER_BLOCK_SPOTS)
-    }
-}
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct BlockHeader {
-    crc: U32,
-    magic: [u8; 4],
-    number: U32,
-    tag: [u8; 4],
-}
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawSpan {
-    topic: U32,
-    rows: U32,
-    first_row: U32,
-    zero: U32,
-    first_offset: U64,
-    end_offset: U64,
-    first_stamp: U64,
-    last_stamp: U64,
-}
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawSpot {
-    index: U64,
-    block: U32,
-    blocks: U32,
-}
-
-#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
-#[repr(C)]
-struct RawRow {
-    topic: U32,
-    count: U32,
-    base: U64,
-    index: U64,
-    record: U32,
-    skip: U32,
-    stamp: U64,
-}
-
-impl From<&TopicSpan> for RawSpan {
-    fn from(span: &TopicSpan) -> RawSpan {
-        RawSpan {
-            topic: U32::new(span.topic),
-            rows: U32::new(span.rows),
-            first_row: U32::new(span.first_row),
-            zero: U32::ZERO,
-            first_offset: U64::new(span.first_offset),
-            end_offset: U64::new(span.end_offset),
-            first_stamp: U64::new(span.first_stamp),
-            last_stamp: U64::new(span.last_stamp),
-        }
-    }
-}
-
-impl From<RawSpan> for TopicSpan {
-    fn from(raw: RawSpan) -> TopicSpan {
-        TopicSpan {
-            topic: raw.topic.get(),
-            rows: raw.rows.get(),
-            first_row: raw.first_row.get(),
-            first_offset: raw.first_offset.get(),
-            end_offset: raw.end_offset.get(),
-            first_stamp: raw.first_stamp.get(),
-            last_stamp: raw.last_stamp.get(),
-        }
-    }
-}
-
-impl From<&Spot> for RawSpot {
-    fn from(spot: &Spot) -> RawSpot {
-        RawSpot {
-            index: U64::new(spot.index.0),
-            block: U32::new(spot.block),
-            blocks: U32::new(spot.blocks),
-        }
-    }
-}
-
-impl From<RawSpot> for Spot {
-    fn from(raw: RawSpot) -> Spot {
-        Spot {
-            index: LogIndex(raw.index.get()),
-            block: raw.block.get(),
-            blocks: raw.blocks.get(),
-        }
-    }
-}
-
-impl From<&Row> for RawRow {
-    fn from(row: &Row) -> RawRow {
-        RawRow {
-            topic: U32::new(row.topic),
-            count: U32::new(row.count),
-            base: U64::new(row.base),
-            index: U64::new(row.place.index.0),
-            record: U32::new(row.place.record),
-            skip: U32::new(row.skip),
-            stamp: U64::new(row.stamp),
-        }
-    }
-}
-
-impl From<RawRow> for Row {
-    fn from(raw: RawRow) -> Row {
-        Row {
-            topic: raw.topic.get(),
-            base: raw.base.get(),
-            count: raw.count.get(),
-            skip: raw.skip.get(),
-            place: Place {
-                index: LogIndex(raw.index.get()),
-                record: raw.record.get(),
-            },
-            stamp: raw.stamp.get(),
-        }
-    }
-}
-
-const BLOCK_HEADER_BYTES: usize = size_of::<BlockHeader>();
-const PER_BLOCK_SPANS: u64 = RawSpan::PER_BLOCK;
-const PER_BLOCK_SPOTS: u64 = RawSpot::PER_BLOCK;
-const PER_BLOCK_ROWS: u64 = RawRow::PER_BLOCK;
-const MAGIC: [u8; 4] = *b"MPDR";
-const _: () = assert!(PER_BLOCK_SPANS == 85 && PER_BLOCK_SPOTS == 255 && PER_BLOCK_ROWS == 102);
 
 #[cfg(test)]
 mod tests {
@@ -572,6 +353,12 @@ mod tests {
         (footer, file)
     }
 
+    fn find(table: &OpenTable, topic: u32, offset: u64) -> Option<Row> {
+        let rows = &table.topics[&topic];
+        rows.get(rows.partition_point(|row| row.end() <= offset))
+            .copied()
+    }
+
     fn reader(file: &[u8]) -> impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()> {
         move |at, block| {
             block.copy_from_slice(&file[at as usize..at as usize + BLOCK_BYTES]);
@@ -592,7 +379,7 @@ mod tests {
             let at = directory.row_at(&spans[1], offset).unwrap();
             let (_, end) = span_rows(&spans[1]);
             let found = (at < end).then(|| directory.nth_row(at).unwrap());
-            assert_eq!(found, table.find(8, offset), "offset {offset}");
+            assert_eq!(found, find(&table, 8, offset), "offset {offset}");
         }
         for index in [1, 255, 256, 700] {
             assert_eq!(

@@ -19,9 +19,10 @@ use parking_lot::RwLock;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::buffer::BufferPool;
-use crate::directory::{OpenTable, Row, Spot, TopicSpan};
+use crate::directory::{OpenTable, Row, Spot};
 use crate::entry::{EntryHeader, EntryKind, LogIndex};
 use crate::error::{IndexRange, JobError, LogError};
+use crate::info::LogStats;
 use crate::manifest::{Change, Manifest};
 use crate::options::Options;
 use crate::reader::LogReader;
@@ -104,45 +105,6 @@ impl Appended {
         let to = from + head.body_bytes();
         (to <= self.bytes.len()).then(|| self.bytes.slice(from..to))
     }
-}
-
-/// Counters for metrics; since opening, except for what exists now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LogStats {
-    pub entries: u64,
-    pub records: u64,
-    /// Durable writes of entries.
-    pub syncs: u64,
-    pub appended_bytes: u64,
-    /// Size of all segments that exist now.
-    pub log_bytes: u64,
-    pub segments: usize,
-    pub spares: usize,
-}
-
-/// One segment, for decisions about space.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SegmentInfo {
-    pub id: SegmentId,
-    pub generation: u32,
-    pub first: LogIndex,
-    /// The one before `first` if there is no entry yet.
-    pub last: LogIndex,
-    pub bytes: u64,
-    pub stage: Stage,
-    pub contents: Contents,
-    /// Covered by every kept snapshot: may be cleaned or removed.
-    pub covered: bool,
-    pub topics: Vec<TopicSpan>,
-}
-
-/// Where a segment is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    Open,
-    Sealed,
-    /// Its file is gone or unreadable as a whole.
-    Lost,
 }
 
 impl<S: Storage> Log<S> {
@@ -326,40 +288,6 @@ impl<S: Storage> Log<S> {
         self.vouched < self.last_normal
     }
 
-    /// All segments in order.
-    pub fn segments(&self) -> Vec<SegmentInfo> {
-        let covered = self.manifest.state().covered();
-        let info = |segment: &Held<Segment<S::File>>| {
-            let (stage, topics) = match &segment.body {
-                Body::Open { table, .. } => (Stage::Open, table.read().spans()),
-                Body::Sealed(sealed) => (Stage::Sealed, sealed.spans.clone()),
-                Body::Lost { .. } => (Stage::Lost, Vec::new()),
-            };
-            SegmentInfo {
-                id: segment.id,
-                generation: segment.generation,
-                first: segment.first,
-                last: segment.last(),
-                bytes: bytes_of(segment),
-                stage,
-                contents: segment.contents,
-                covered: stage != Stage::Open && segment.last() <= covered,
-                topics,
-            }
-        };
-        self.tables.read().iter().map(info).collect()
-    }
-
-    pub fn stats(&self) -> LogStats {
-        let tables = self.tables.read();
-        LogStats {
-            log_bytes: tables.iter().map(|segment| bytes_of(segment)).sum(),
-            segments: tables.iter().count(),
-            spares: self.spares.len(),
-            ..self.stats
-        }
-    }
-
     fn append(&mut self, kind: EntryKind, group: Group) -> Result<Appended, LogError> {
         let disk_bytes = group.bytes().next_multiple_of(BLOCK_BYTES) as u64;
         let records = u64::from(group.records());
@@ -519,7 +447,11 @@ impl<S: Storage> Log<S> {
     /// A spare if one is large enough, else a new file, reserved but not filled. A full disk leaves
     /// things as they were.
     fn new_segment_file(&mut self, name: &str, bytes: u64) -> Result<S::File, LogError> {
-        if let Some(spare) = self.spares.pop_front_if(|spare| spare.bytes >= bytes) {
+        let fits = self
+            .spares
+            .front()
+            .is_some_and(|spare| spare.bytes >= bytes);
+        if fits && let Some(spare) = self.spares.pop_front() {
             let renamed = self.storage.rename(&spare.name(), name);
             let file = renamed.and_then(|()| self.storage.open(name));
             return file.map_err(|source| self.poison_io("begin", name, source));
@@ -652,7 +584,7 @@ impl<F> Active<F> {
     }
 }
 
-fn bytes_of<F: StorageFile>(segment: &Segment<F>) -> u64 {
+pub(crate) fn bytes_of<F: StorageFile>(segment: &Segment<F>) -> u64 {
     match &segment.body {
         Body::Open { table, .. } => {
             let table = table.read();

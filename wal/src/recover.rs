@@ -9,7 +9,7 @@
 //! A damaged log gets no write at all.
 
 mod folder;
-mod judge;
+pub(crate) mod judge;
 mod report;
 
 use std::io;
@@ -19,11 +19,12 @@ use parking_lot::RwLock;
 
 use self::folder::Folder;
 use self::judge::Judged;
-pub use self::report::{RecoveryReport, SegmentDamage, TornTail};
+pub use self::report::{EntryDamage, RecoveryReport, SegmentDamage, TornTail};
 use crate::buffer::BufferPool;
 use crate::entry::LogIndex;
 use crate::error::OpenError;
-use crate::log::{Health, Log, LogStats};
+use crate::info::LogStats;
+use crate::log::{Health, Log};
 use crate::manifest::{Change, Manifest, State};
 use crate::options::Options;
 use crate::snapshot::Snapshot;
@@ -168,7 +169,7 @@ fn save_aside<S: Storage>(
     }
 }
 
-fn choose_snapshot<S: Storage>(
+pub(crate) fn choose_snapshot<S: Storage>(
     storage: &S,
     state: &State,
     report: &mut RecoveryReport,

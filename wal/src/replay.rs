@@ -3,15 +3,14 @@
 //! Stops at the first damage that nobody accepted: what follows it must not be applied, because it was
 //! decided on a state that cannot be known any more.
 
-use crate::directory::Spot;
-use crate::entry::{EntryHeader, EntryKind, LogIndex, Place, check_payload};
+use crate::entry::{EntryKind, LogIndex, Place};
 use crate::error::{IndexRange, LogError, ReadError};
 use crate::log::{Health, Log, RowSink};
 use crate::record::Records;
 use crate::retire::Held;
 use crate::segment::Contents;
-use crate::storage::{Storage, StorageFile};
-use crate::tables::{Body, Segment};
+use crate::storage::Storage;
+use crate::tables::Segment;
 
 /// One entry to be applied.
 #[derive(Clone, Debug)]
@@ -96,36 +95,29 @@ impl<S: Storage> Log<S> {
             }));
         }
         let mut entry = Vec::new();
-        for spot in spots(segment, self.applied)? {
+        for spot in segment.spots_after(self.applied)? {
             if let Some(range) = self.gap_to(spot.index) {
                 return Ok(Some(range));
             }
-            let here = IndexRange {
-                first: spot.index,
-                last: spot.index,
-            };
-            entry.resize(spot.bytes(), 0);
-            segment.fill(spot.position(), &mut entry)?;
-            let Some(header) = check(segment, spot, &entry) else {
-                if self.manifest.state().is_skipped(spot.index) {
-                    self.applied = spot.index;
-                    continue;
+            match segment.read_entry(spot, &mut entry) {
+                Ok(header) if header.kind == EntryKind::Normal => {
+                    let records = Records::new(&header, &entry);
+                    let replayed = ReplayEntry {
+                        index: header.index,
+                        epoch: header.epoch,
+                        records,
+                    };
+                    apply(
+                        replayed,
+                        &mut RowSink {
+                            tables: &self.tables,
+                        },
+                    );
                 }
-                return Ok(Some(here));
-            };
-            if header.kind == EntryKind::Normal {
-                let records = Records::new(&header, &entry);
-                let replayed = ReplayEntry {
-                    index: header.index,
-                    epoch: header.epoch,
-                    records,
-                };
-                apply(
-                    replayed,
-                    &mut RowSink {
-                        tables: &self.tables,
-                    },
-                );
+                Ok(_) => {}
+                Err(ReadError::Damaged(_)) if self.manifest.state().is_skipped(spot.index) => {}
+                Err(ReadError::Damaged(range)) => return Ok(Some(range)),
+                Err(error) => return Err(error.into()),
             }
             self.applied = spot.index;
         }
@@ -146,27 +138,4 @@ impl<S: Storage> Log<S> {
         }
         None
     }
-}
-
-/// Where the entries above `after` stand.
-fn spots<F: StorageFile>(segment: &Segment<F>, after: LogIndex) -> Result<Vec<Spot>, ReadError> {
-    let mut spots = match &segment.body {
-        Body::Open { table, .. } => table.read().spots.clone(),
-        Body::Sealed(sealed) => {
-            let mut directory = sealed.directory();
-            let all = (0..sealed.footer.entries).map(|nth| directory.nth_spot(nth));
-            all.collect::<Result<_, _>>()
-                .map_err(|error| segment.unreadable(error))?
-        }
-        Body::Lost { .. } => Vec::new(),
-    };
-    spots.retain(|spot| spot.index > after);
-    Ok(spots)
-}
-
-fn check<F>(segment: &Segment<F>, spot: Spot, entry: &[u8]) -> Option<EntryHeader> {
-    let (header, _) = EntryHeader::decode(entry).ok()?;
-    let expected = (spot.index, segment.uuid, spot.position());
-    let here = (header.index, header.segment, header.position) == expected;
-    (here && check_payload(&header, entry).is_ok()).then_some(header)
 }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 
 use crate::directory::{Directory, OpenTable, Spot, TopicSpan, Unreadable};
-use crate::entry::LogIndex;
+use crate::entry::{EntryHeader, LogIndex, check_payload};
 use crate::error::{IndexRange, ReadError};
 use crate::retire::{Held, Pin};
 use crate::segment::{Contents, Footer, SegmentId};
@@ -98,6 +98,45 @@ impl<F: StorageFile> Segment<F> {
                 .spot(index)
                 .map_err(|error| self.unreadable(error)),
             Body::Lost { .. } => Err(self.damaged()),
+        }
+    }
+
+    /// Where the entries above `after` stand.
+    pub fn spots_after(&self, after: LogIndex) -> Result<Vec<Spot>, ReadError> {
+        let mut spots = match &self.body {
+            Body::Open { table, .. } => table.read().spots.clone(),
+            Body::Sealed(sealed) => {
+                let mut directory = sealed.directory();
+                let all = (0..sealed.footer.entries).map(|nth| directory.nth_spot(nth));
+                all.collect::<Result<_, _>>()
+                    .map_err(|error| self.unreadable(error))?
+            }
+            Body::Lost { .. } => Vec::new(),
+        };
+        spots.retain(|spot| spot.index > after);
+        Ok(spots)
+    }
+
+    /// Reads a whole entry into `buf` and checks all of it.
+    pub fn read_entry(&self, spot: Spot, buf: &mut Vec<u8>) -> Result<EntryHeader, ReadError> {
+        let damaged = ReadError::Damaged(IndexRange {
+            first: spot.index,
+            last: spot.index,
+        });
+        buf.resize(spot.bytes(), 0);
+        match self.fill(spot.position(), buf) {
+            Err(ReadError::Damaged(_)) => return Err(damaged),
+            filled => filled?,
+        }
+        let Ok((header, _)) = EntryHeader::decode(buf) else {
+            return Err(damaged);
+        };
+        let expected = (spot.index, self.uuid, spot.position());
+        let here = (header.index, header.segment, header.position) == expected;
+        if here && check_payload(&header, buf).is_ok() {
+            Ok(header)
+        } else {
+            Err(damaged)
         }
     }
 

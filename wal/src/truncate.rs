@@ -63,7 +63,11 @@ impl<S: Storage> Log<S> {
 
     /// Brings the tables in line with the manifest.
     fn forget_from(&mut self, from: LogIndex) -> Result<(), LogError> {
-        while let Some(ended) = self.ended.pop_back_if(|ended| ended.segment.first >= from) {
+        while let Some(ended) = self.ended.pop_back() {
+            if ended.segment.first < from {
+                self.ended.push_back(ended);
+                break;
+            }
             self.tables.write().remove(ended.segment.first);
             self.retire(&ended.segment);
         }

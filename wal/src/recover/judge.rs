@@ -7,7 +7,7 @@ use std::sync::Arc;
 use parking_lot::RwLock;
 
 use super::io_error;
-use super::report::{RecoveryReport, SegmentDamage, TornTail};
+use super::report::{EntryDamage, RecoveryReport, SegmentDamage, TornTail};
 use crate::directory::{OpenTable, Spot, Unreadable};
 use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
@@ -20,7 +20,7 @@ use crate::storage::{BLOCK_BYTES, Storage, StorageFile, read_exact_at};
 use crate::tables::{Body, SealedBody, Segment, Tables};
 
 /// What reading all segments found.
-pub(super) struct Found<F> {
+pub(crate) struct Found<F> {
     /// In order of their entries.
     segments: Vec<FoundSegment<F>>,
     replay_from: LogIndex,
@@ -35,12 +35,12 @@ struct FoundSegment<F> {
 enum What<F> {
     Sealed(SealedBody<F>),
     /// Not sealed; the end, if an earlier recovery fixed it.
-    Scanned(F, Scan, Option<Cut>),
+    Scanned(F, Box<Scan>, Option<Cut>),
     Lost(SegmentDefect),
 }
 
 /// The log as it will be opened.
-pub(super) struct Judged<F> {
+pub(crate) struct Judged<F> {
     pub retirement: Retirement<Segment<F>>,
     pub tables: Tables<F>,
     pub ended: VecDeque<Ended<F>>,
@@ -54,7 +54,7 @@ pub(super) struct Judged<F> {
 }
 
 /// Reads every segment that the manifest names: footers of sealed ones, all of the others.
-pub(super) fn find<S: Storage>(
+pub(crate) fn find<S: Storage>(
     storage: &S,
     state: &State,
     replay_from: LogIndex,
@@ -227,7 +227,7 @@ impl<F: StorageFile> Judged<F> {
         id: SegmentId,
         entry: &SegmentEntry,
         file: F,
-        scan: Scan,
+        scan: Box<Scan>,
         bounds: Bounds,
         state: &State,
         report: &mut RecoveryReport,
@@ -235,7 +235,7 @@ impl<F: StorageFile> Judged<F> {
         for range in gaps(&scan.spots, entry.first, bounds.last) {
             let skipped = state.is_skipped(range.first) && state.is_skipped(range.last);
             if !skipped {
-                report.damaged.push(range);
+                report.damaged.push(EntryDamage { segment: id, range });
                 self.tables.mark_damaged(range);
                 self.note_damage(range, LogIndex::NONE, state);
             }
@@ -350,7 +350,7 @@ fn look<S: Storage>(
                 end: cut.map(|cut| cut.entries_end),
             };
             let scanned = scan(&file, expect)?;
-            Ok(What::Scanned(file, scanned, cut))
+            Ok(What::Scanned(file, Box::new(scanned), cut))
         }
     }
 }

@@ -22,7 +22,7 @@ pub struct RecoveryReport {
     /// Segments that are lost as a whole.
     pub lost: Vec<SegmentDamage>,
     /// Damaged acknowledged entries in segments that were not sealed, skips left out.
-    pub damaged: Vec<IndexRange>,
+    pub damaged: Vec<EntryDamage>,
 }
 
 impl RecoveryReport {
@@ -54,4 +54,11 @@ pub struct SegmentDamage {
     pub segment: SegmentId,
     pub range: IndexRange,
     pub defect: SegmentDefect,
+}
+
+/// Entries of a segment that was not sealed, vouched for and bad.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EntryDamage {
+    pub segment: SegmentId,
+    pub range: IndexRange,
 }

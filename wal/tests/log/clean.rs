@@ -1,0 +1,163 @@
+//! Cleaning and truncating: what is live keeps its place, what is cut is gone.
+
+use millpond_wal::sim::SimStorage;
+use millpond_wal::{Contents, LogError, LogIndex, ReadError, verify};
+
+use crate::support::{TOPIC, append, expect_record, open, place, reopen, stamp_of};
+
+const BYTES: usize = 3000;
+
+#[test]
+fn live_records_keep_their_place_in_a_cleaned_segment() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..12 {
+        append(&mut log, 3, 800).unwrap();
+    }
+    let done = log
+        .snapshot_job(LogIndex(12), vec![], vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    let before = log.segments()[0].clone();
+    let (dead, live) = (place(3, 1), place(3, 2));
+    // Besides one live row, a record without one that something still points to.
+    let job = log
+        .clean_plan(before.id, [place(5, 0)], |row| row.place == live)
+        .unwrap();
+    assert_eq!(job.live_rows(), (1, 3 * before.last.0));
+    let done = job.run().unwrap();
+    assert!(done.lost.is_empty());
+    let reader = log.reader();
+    let freed = log.install_cleaned(done).unwrap();
+    let after = log.segments()[0].clone();
+    assert_eq!((after.contents, after.generation), (Contents::Sparse, 1));
+    assert_eq!((after.first, after.last), (before.first, before.last));
+    assert_eq!(freed, before.bytes - after.bytes);
+    assert!(freed > 0);
+
+    let check = |reader: &millpond_wal::LogReader<SimStorage>| {
+        expect_record(reader, live, 800);
+        expect_record(reader, place(5, 0), 800);
+        assert!(matches!(reader.record(dead), Err(ReadError::NotFound(_))));
+        assert!(matches!(
+            reader.record(place(4, 0)),
+            Err(ReadError::NotFound(_))
+        ));
+        let found = reader.find(TOPIC, stamp_of(1, 0)).unwrap().unwrap();
+        assert_eq!(found.place, live);
+        let behind = reader.find(TOPIC, stamp_of(3, 3)).unwrap().unwrap();
+        assert_eq!(behind.place, place(before.last.0 + 1, 0));
+    };
+    check(&reader);
+    log.close().unwrap();
+    assert!(verify(&storage).unwrap().is_good());
+    let (log, _) = open(&storage);
+    check(&log.reader());
+}
+
+#[test]
+fn a_plan_is_outdated_once_the_segment_was_cleaned() {
+    let (mut log, _) = open(&SimStorage::new(1));
+    for _ in 0..12 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    let id = log.segments()[0].id;
+    assert!(matches!(
+        log.clean_plan(id, [], |_| true),
+        Err(LogError::NotSealed(_))
+    ));
+    let done = log
+        .snapshot_job(LogIndex(12), vec![], vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    let first = log
+        .clean_plan(id, [], |row| row.place.index > LogIndex(5))
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_cleaned(first).unwrap();
+    let second = log
+        .clean_plan(id, [], |row| row.place.index > LogIndex(9))
+        .unwrap();
+    let stale = log
+        .clean_plan(id, [], |row| row.place.index > LogIndex(9))
+        .unwrap();
+    let second = second.run().unwrap();
+    log.install_cleaned(second).unwrap();
+    let stale = stale.run().unwrap();
+    assert!(matches!(
+        log.install_cleaned(stale),
+        Err(LogError::Outdated(_))
+    ));
+    expect_record(&log.reader(), place(10, 0), BYTES);
+}
+
+#[test]
+fn a_damaged_record_is_left_behind_by_cleaning() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..12 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    let done = log
+        .snapshot_job(LogIndex(12), vec![], vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    let name = crate::support::files(&storage, "seg-").remove(0);
+    storage.corrupt(&name, 3 * 4096 + 200, 4).unwrap();
+    let id = log.segments()[0].id;
+    let done = log.clean_plan(id, [], |_| true).unwrap().run().unwrap();
+    assert_eq!(done.lost, [LogIndex(3)]);
+    log.install_cleaned(done).unwrap();
+    expect_record(&log.reader(), place(4, 0), BYTES);
+}
+
+#[test]
+fn a_cut_suffix_is_gone_for_good() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..40 {
+        append(&mut log, 1, 9000).unwrap();
+    }
+    let epoch = log.recovery_epoch();
+    let sealed = log
+        .segments()
+        .iter()
+        .filter(|s| s.stage == millpond_wal::Stage::Sealed)
+        .count();
+    assert!(sealed > 0);
+    let covered = log.truncate_suffix(LogIndex(1));
+    assert!(matches!(covered, Err(LogError::TruncateCovered { .. })));
+    log.truncate_suffix(LogIndex(39)).unwrap();
+    assert_eq!(
+        (log.durable(), log.watermark().durable()),
+        (LogIndex(38), LogIndex(38))
+    );
+    assert_eq!(log.recovery_epoch(), epoch + 1);
+    assert!(matches!(
+        log.reader().record(place(39, 0)),
+        Err(ReadError::NotFound(_))
+    ));
+    assert_eq!(log.reader().find(TOPIC, stamp_of(39, 0)).unwrap(), None);
+    assert_eq!(append(&mut log, 2, 10).unwrap().index, LogIndex(39));
+    drop(log);
+    storage.restart();
+    let (opened, replayed, _) = reopen(&storage).unwrap();
+    assert_eq!(opened.log.durable(), LogIndex(39));
+    assert_eq!(replayed[&place(39, 1)], crate::support::body(39, 1, 10));
+    assert_eq!(
+        opened
+            .log
+            .reader()
+            .rows(TOPIC, stamp_of(38, 0), 10)
+            .unwrap()
+            .len(),
+        3
+    );
+}

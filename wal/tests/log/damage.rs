@@ -1,0 +1,411 @@
+//! The voucher rule: torn bytes above what anything vouches for are cut, damage below is never.
+
+use std::ops::ControlFlow;
+
+use millpond_wal::sim::SimStorage;
+use millpond_wal::storage::{Storage, StorageFile};
+use millpond_wal::{
+    ChunkId, Dumped, Harm, IndexRange, Log, LogError, LogIndex, ReadError, ReplayEnd, Wrong, dump,
+    salvage_accept_loss, verify,
+};
+
+use crate::support::{TOPIC, append, expect_record, files, open, options, place, reopen};
+
+/// Bytes of a test record; an entry of one such record takes one block.
+const BYTES: usize = 3000;
+const BLOCK: u64 = 4096;
+
+fn range(first: u64, last: u64) -> IndexRange {
+    IndexRange {
+        first: LogIndex(first),
+        last: LogIndex(last),
+    }
+}
+
+/// A log that died with `entries` one-block entries in its first segment.
+fn died_with(entries: u64) -> (SimStorage, String) {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    for _ in 0..entries {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    drop(log);
+    storage.restart();
+    let segment = files(&storage, "seg-").pop().unwrap();
+    (storage, segment)
+}
+
+/// Where the nth entry of a segment of one-block entries stands.
+fn at(nth: u64) -> u64 {
+    nth * BLOCK
+}
+
+#[test]
+fn a_bad_last_entry_that_nothing_vouches_for_is_saved_and_cut() {
+    let (storage, segment) = died_with(5);
+    storage.corrupt(&segment, at(5) + 500, 8).unwrap();
+    let (opened, replayed, end) = reopen(&storage).unwrap();
+    assert_eq!(end, ReplayEnd::Healthy);
+    assert_eq!(replayed.len(), 4);
+    assert_eq!(opened.log.durable(), LogIndex(4));
+    let [torn] = &opened.report.torn[..] else {
+        panic!("{:?}", opened.report);
+    };
+    assert_eq!(
+        (torn.index, torn.position, torn.bytes),
+        (LogIndex(5), at(5), BLOCK)
+    );
+    let saved = storage.open_read(torn.saved_as.as_ref().unwrap()).unwrap();
+    assert_eq!(saved.len().unwrap(), BLOCK);
+}
+
+#[test]
+fn what_was_cut_does_not_come_back_after_a_second_crash() {
+    let (storage, segment) = died_with(5);
+    storage.corrupt(&segment, at(5) + 500, 8).unwrap();
+    drop(Log::open(storage.clone(), options()).unwrap());
+    storage.restart();
+    // The same bits again: the entry is whole, as if the disk had only been slow.
+    storage.corrupt(&segment, at(5) + 500, 8).unwrap();
+    let (mut log, replayed) = open(&storage);
+    assert_eq!((log.durable(), replayed.len()), (LogIndex(4), 4));
+    append(&mut log, 2, 50).unwrap();
+    drop(log);
+    storage.restart();
+    let (_, replayed) = open(&storage);
+    assert_eq!(replayed[&place(5, 1)], crate::support::body(5, 1, 50));
+    assert_eq!(replayed.len(), 6);
+}
+
+#[test]
+fn a_bad_last_entry_with_a_voucher_is_damage() {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    for _ in 0..5 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    log.vouch().unwrap();
+    drop(log);
+    storage.restart();
+    let segment = files(&storage, "seg-").pop().unwrap();
+    storage.corrupt(&segment, at(5) + 500, 8).unwrap();
+    expect_damaged(&storage, range(5, 5), 4);
+}
+
+#[test]
+fn a_bad_entry_below_a_good_one_is_damage() {
+    let (storage, segment) = died_with(5);
+    storage.corrupt(&segment, at(2), 8).unwrap();
+    expect_damaged(&storage, range(2, 2), 1);
+}
+
+#[test]
+fn a_bad_entry_in_an_earlier_segment_is_damage() {
+    let (storage, _) = died_with(30);
+    let first = files(&storage, "seg-").remove(0);
+    let (log, _) = open(&storage);
+    let last = log.segments()[0].last;
+    drop(log);
+    storage.restart();
+    storage.corrupt(&first, at(last.0) + 9, 8).unwrap();
+    expect_damaged(
+        &storage,
+        IndexRange { first: last, last },
+        last.0 as usize - 1,
+    );
+}
+
+/// Everything before the damage is there and is served; nothing is written, cut or deleted.
+fn expect_damaged(storage: &SimStorage, damaged: IndexRange, replays: usize) {
+    let before = contents(storage);
+    let (mut opened, replayed, end) = reopen(storage).unwrap();
+    assert_eq!(
+        end,
+        ReplayEnd::Damaged { range: damaged },
+        "{:?}",
+        opened.report
+    );
+    assert_eq!(replayed.len(), replays);
+    let refused = append(&mut opened.log, 1, 10).map(drop);
+    assert!(matches!(refused, Err(LogError::ReadOnly { damaged: d }) if d == damaged));
+    let reader = opened.log.reader();
+    for index in 1..=replays as u64 {
+        expect_record(&reader, place(index, 0), BYTES);
+    }
+    let lost = reader.record(place(damaged.first.0, 0));
+    assert!(
+        matches!(lost, Err(ReadError::Damaged(d)) if d == damaged),
+        "{lost:?}"
+    );
+    opened.log.close().unwrap();
+    for (name, bytes) in before {
+        if name.starts_with("seg-") {
+            assert_eq!(contents(storage)[&name], bytes, "{name} was changed");
+        }
+    }
+    let report = verify(storage).unwrap();
+    assert_eq!(report.harm(), Harm::State);
+    assert!(
+        report
+            .findings
+            .iter()
+            .any(|finding| finding.what == Wrong::Entries(damaged))
+    );
+
+    assert_eq!(salvage_accept_loss(storage, &options()).unwrap(), [damaged]);
+    assert_eq!(salvage_accept_loss(storage, &options()).unwrap(), []);
+    let (mut log, replayed) = open(storage);
+    assert!(replayed.len() >= replays);
+    assert!(replayed.keys().all(|place| !damaged.contains(place.index)));
+    append(&mut log, 1, 10).unwrap();
+    log.close().unwrap();
+    let (_, again) = open(storage);
+    assert_eq!(again.len(), replayed.len() + 1, "the skip is durable");
+}
+
+fn contents(storage: &SimStorage) -> std::collections::BTreeMap<String, Vec<u8>> {
+    let names = storage.list().unwrap().into_iter();
+    names
+        .map(|name| {
+            let file = storage.open_read(&name).unwrap();
+            let mut bytes = vec![0; file.len().unwrap() as usize];
+            file.read_at(0, &mut bytes).unwrap();
+            (name, bytes)
+        })
+        .collect()
+}
+
+/// Thirty entries, all sealed, a snapshot over them, and five more.
+fn covered() -> (SimStorage, String) {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    for _ in 0..30 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    let chunk = (ChunkId(1), b"state".as_slice().into());
+    let done = log
+        .snapshot_job(log.applied(), vec![chunk], vec![])
+        .unwrap()
+        .run()
+        .unwrap();
+    log.install_snapshot(done).unwrap();
+    for _ in 0..5 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    log.close().unwrap();
+    let first = files(&storage, "seg-").remove(0);
+    (storage, first)
+}
+
+#[test]
+fn damage_below_the_snapshot_costs_only_its_bodies() {
+    let (storage, segment) = covered();
+    storage.corrupt(&segment, at(2) + 300, 4).unwrap();
+    let report = verify(&storage).unwrap();
+    assert_eq!(report.harm(), Harm::Bodies);
+    assert_eq!(report.findings[0].what, Wrong::Entries(range(2, 2)));
+    let (mut log, replayed) = open(&storage);
+    assert_eq!(replayed.len(), 5);
+    let reader = log.reader();
+    assert!(matches!(reader.record(place(2, 0)), Err(ReadError::Damaged(d)) if d == range(2, 2)));
+    expect_record(&reader, place(1, 0), BYTES);
+    expect_record(&reader, place(3, 0), BYTES);
+    append(&mut log, 1, 10).unwrap();
+    assert_eq!(salvage_accept_loss(&storage, &options()).unwrap(), []);
+}
+
+#[test]
+fn a_missing_segment_below_the_snapshot_is_noticed_and_the_rest_is_served() {
+    let (storage, segment) = covered();
+    storage.remove(&segment).unwrap();
+    let (opened, _, end) = reopen(&storage).unwrap();
+    assert_eq!(end, ReplayEnd::Healthy);
+    let lost = opened.report.lost[0];
+    assert_eq!(lost.range.first, LogIndex(1));
+    let reader = opened.log.reader();
+    let read = reader.record(place(1, 0));
+    assert!(
+        matches!(read, Err(ReadError::Damaged(d)) if d == lost.range),
+        "{read:?}"
+    );
+    let next = lost.range.last.0 + 1;
+    expect_record(&reader, place(next, 0), BYTES);
+    assert_eq!(
+        reader.find(TOPIC, 0).unwrap().unwrap().place,
+        place(next, 0)
+    );
+}
+
+#[test]
+fn a_missing_segment_above_the_snapshot_stops_the_fold() {
+    let (storage, _) = covered();
+    let last = files(&storage, "seg-").pop().unwrap();
+    storage.remove(&last).unwrap();
+    let (opened, replayed, end) = reopen(&storage).unwrap();
+    // Closing wrote one blank entry behind the five.
+    assert_eq!(
+        end,
+        ReplayEnd::Damaged {
+            range: range(31, 36)
+        }
+    );
+    assert!(replayed.is_empty());
+    expect_record(&opened.log.reader(), place(30, 0), BYTES);
+    drop(opened);
+    assert_eq!(
+        salvage_accept_loss(&storage, &options()).unwrap(),
+        [range(31, 36)]
+    );
+    let (mut log, _) = open(&storage);
+    assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(37));
+}
+
+#[test]
+fn damage_in_a_sealed_segment_above_the_snapshot_stops_the_fold() {
+    let (storage, _) = covered();
+    let last = files(&storage, "seg-").pop().unwrap();
+    storage.corrupt(&last, at(3) + 100, 4).unwrap();
+    let (mut opened, replayed, end) = reopen(&storage).unwrap();
+    assert_eq!(
+        end,
+        ReplayEnd::Damaged {
+            range: range(33, 33)
+        }
+    );
+    assert_eq!(replayed.len(), 2);
+    assert!(matches!(
+        append(&mut opened.log, 1, 10),
+        Err(LogError::ReadOnly { .. })
+    ));
+    drop(opened);
+    assert_eq!(
+        salvage_accept_loss(&storage, &options()).unwrap(),
+        [range(33, 33)]
+    );
+    let (_, replayed) = open(&storage);
+    assert_eq!(replayed.len(), 4);
+}
+
+#[test]
+fn one_bad_copy_of_footer_and_directory_harms_nothing() {
+    for copy in 0..2 {
+        let (storage, segment) = covered();
+        let bytes = storage.open_read(&segment).unwrap().len().unwrap();
+        let (log, _) = open(&storage);
+        let entries = log.segments()[0].last.0;
+        log.close().unwrap();
+        let start = at(entries + 1);
+        let copy_bytes = (bytes - start) / 2;
+        storage
+            .corrupt(&segment, start + copy * copy_bytes, copy_bytes as usize)
+            .unwrap();
+        let report = verify(&storage).unwrap();
+        assert_eq!(report.harm(), Harm::None);
+        assert!(
+            report
+                .findings
+                .iter()
+                .any(|f| f.what == Wrong::FooterCopy(copy)),
+            "{report:?}"
+        );
+        let (log, _) = open(&storage);
+        assert_eq!(log.reader().rows(TOPIC, 0, 100).unwrap().len(), 35);
+    }
+}
+
+#[test]
+fn a_damaged_newest_snapshot_is_made_up_for_by_the_older_one() {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    for round in 0..2_u8 {
+        for _ in 0..5 {
+            append(&mut log, 1, BYTES).unwrap();
+        }
+        let chunk = (ChunkId(1), vec![round; 100].into());
+        let done = log
+            .snapshot_job(log.applied(), vec![chunk], vec![])
+            .unwrap()
+            .run()
+            .unwrap();
+        log.install_snapshot(done).unwrap();
+    }
+    assert!(
+        log.segments().iter().any(|segment| !segment.covered),
+        "kept for the older snapshot"
+    );
+    log.close().unwrap();
+    let newest = files(&storage, "snapshot-").pop().unwrap();
+    let bytes = storage.open_read(&newest).unwrap().len().unwrap();
+    storage.corrupt(&newest, 0, bytes as usize).unwrap();
+    let (opened, replayed, end) = reopen(&storage).unwrap();
+    assert_eq!((end, replayed.len()), (ReplayEnd::Healthy, 5));
+    assert_eq!(opened.snapshot.unwrap().index(), LogIndex(5));
+    assert_eq!(opened.report.snapshots_lost.len(), 1);
+}
+
+#[test]
+fn a_manifest_with_a_hole_is_refused() {
+    let (storage, _) = died_with(30);
+    storage.corrupt("manifest", BLOCK, 8).unwrap();
+    let refused = Log::open(storage, options()).map(drop);
+    assert!(refused.is_err());
+}
+
+#[test]
+fn a_manifest_that_is_older_than_the_segments_is_refused() {
+    use millpond_wal::OpenError;
+    let storage = SimStorage::new(3);
+    let (log, _) = open(&storage);
+    drop(log);
+    let old = contents(&storage)["manifest"].clone();
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, BYTES).unwrap();
+    drop(log);
+    let file = storage.open("manifest").unwrap();
+    file.write_at(0, &old).unwrap();
+    let refused = Log::open(storage, options()).map(drop);
+    assert!(
+        matches!(refused, Err(OpenError::ManifestBehind { .. })),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn a_payload_that_looks_like_an_entry_is_not_taken_for_one() {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    let first = append(&mut log, 1, BYTES).unwrap();
+    // A copy of the first entry, block-aligned in the second one's payload.
+    let mut group = log.new_group();
+    let lead = vec![1; BLOCK as usize - 96 - 24];
+    group.push(1, 1, &[&lead, &first.bytes]);
+    log.append_durable(group).unwrap();
+    drop(log);
+    storage.restart();
+    let segment = files(&storage, "seg-").pop().unwrap();
+    storage.corrupt(&segment, at(2), 8).unwrap();
+    let (opened, replayed, end) = reopen(&storage).unwrap();
+    assert_eq!((end, replayed.len()), (ReplayEnd::Healthy, 1));
+    assert_eq!(opened.report.torn[0].bytes, 3 * BLOCK);
+}
+
+#[test]
+fn a_dump_shows_every_entry_and_what_is_damaged() {
+    let (storage, segment) = covered();
+    storage.corrupt(&segment, at(2) + 300, 4).unwrap();
+    let (mut entries, mut records, mut damaged, mut segments) = (0, 0, Vec::new(), 0);
+    dump(&storage, LogIndex(1), |dumped| {
+        match dumped {
+            Dumped::Segment { .. } => segments += 1,
+            Dumped::Entry { records: shown, .. } => {
+                entries += 1;
+                records += shown.count();
+            }
+            Dumped::Damaged(range) => damaged.push(range),
+        }
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!((records, damaged), (34, vec![range(2, 2)]));
+    assert!(entries >= 34 && segments == files(&storage, "seg-").len());
+}

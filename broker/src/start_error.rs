@@ -7,9 +7,6 @@ use std::path::{Path, PathBuf};
 use millpond_wal::OpenError;
 use millpond_wal::storage::FolderError;
 
-use millpond_wal::OpenError;
-use millpond_wal::storage::FolderError;
-
 use crate::config::ConfigError;
 use crate::shard::OpenShardError;
 
@@ -122,40 +119,6 @@ impl StartError {
         }
     }
 
-    /// Names why the folder could not be taken by who must act.
-    #[must_use]
-    pub fn folder(data: &Path, error: FolderError) -> Self {
-        let path = data.to_path_buf();
-        match error {
-            FolderError::Held { pid, .. } => Self::DataHeld { path, pid },
-            FolderError::ReadOnly { .. } => {
-                let source = io::Error::from(io::ErrorKind::PermissionDenied);
-                Self::DataReadOnly { path }
-            }
-            FolderError::Io { source, .. } => Self::io("open", data, source),
-        }
-    }
-
-    /// Names why the store could not be opened by who must act.
-    #[must_use]
-    pub fn shard(data: &Path, error: OpenShardError) -> Self {
-        let path = data.to_path_buf();
-        match error {
-            OpenShardError::Log(OpenError::NewerFormat { found, known }) => Self::NewerVersion {
-                path,
-                found: u32::from(found),
-                known: u32::from(known),
-            },
-            OpenShardError::Log(OpenError::DiskFull { .. }) => Self::DiskFull { path },
-            OpenShardError::Log(OpenError::ReadOnlyFolder(source)) => Self::DataReadOnly { path },
-            OpenShardError::Log(OpenError::Io { what, source, .. }) => Self::io(what, data, source),
-            other => Self::Damaged {
-                path,
-                problem: other.to_string(),
-            },
-        }
-    }
-
     /// Names the failure to take the data folder by who must act.
     #[must_use]
     pub fn folder(data: &Path, error: FolderError) -> Self {
@@ -164,6 +127,18 @@ impl StartError {
             FolderError::Held { pid, .. } => Self::DataHeld { path, pid },
             FolderError::ReadOnly { .. } => Self::DataReadOnly { path },
             FolderError::Io { path, source } => Self::io("open", &path, source),
+        }
+    }
+
+    /// Names the failure to open the store by who must act.
+    #[must_use]
+    pub fn shard(data: &Path, error: OpenShardError) -> Self {
+        match error {
+            OpenShardError::Log(error) => Self::log(data, error),
+            damage => Self::Damaged {
+                path: data.to_path_buf(),
+                problem: damage.to_string(),
+            },
         }
     }
 

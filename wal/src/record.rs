@@ -19,6 +19,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::buffer::{AlignedBuf, BufferPool};
 use crate::entry::{Defect, EntryHeader, EntryKind, HEADER_BYTES};
+use crate::storage::BLOCK_BYTES;
 
 /// Builder of one entry. Records are copied once, into the memory that is written to disk and that
 /// the appended entry's slices share afterwards.
@@ -32,7 +33,7 @@ pub struct Group {
 
 impl Group {
     pub(crate) fn new(pool: &BufferPool) -> Group {
-        let mut buf = pool.take(HEADER_BYTES);
+        let mut buf = pool.take(HEADER_BYTES + BLOCK_BYTES);
         buf.resize(HEADER_BYTES);
         Group {
             buf,
@@ -79,7 +80,9 @@ impl Group {
         };
         raw.crc = U32::new(raw.crc_with(parts));
         self.headers.update(raw.as_bytes());
-        self.buf.reserve(padded(body_bytes));
+        // With room for table and padding, so that completing the entry moves nothing.
+        let after = (self.offsets.len() + 1) * TABLE_SLOT_BYTES + BLOCK_BYTES;
+        self.buf.reserve(RECORD_HEADER_BYTES + padded(body_bytes) + after);
         self.buf.extend_from_slice(raw.as_bytes());
         for part in parts {
             self.buf.extend_from_slice(part);
@@ -92,7 +95,6 @@ impl Group {
     /// Completes the entry: table, header, padding. The header's fields about the payload are set here.
     pub(crate) fn finish(mut self, mut header: EntryHeader) -> Finished {
         let mut headers = self.headers;
-        self.buf.reserve(self.offsets.len() * TABLE_SLOT_BYTES);
         let table_at = self.buf.len();
         for offset in &self.offsets {
             self.buf.extend_from_slice(&offset.to_le_bytes());

@@ -45,7 +45,7 @@ impl<S: Storage> Log<S> {
     pub fn open(storage: S, options: Options) -> Result<Opened<S>, OpenError> {
         options.check()?;
         let pool = BufferPool::new(options.buffer_bytes_idle);
-        let folder = Folder::list(&storage)?;
+        let folder = Folder::list(&storage, options.segment_bytes)?;
         let mut manifest = if folder.has_manifest {
             storage
                 .sync_dir()

@@ -21,7 +21,7 @@ pub(super) struct Folder {
 }
 
 impl Folder {
-    pub fn list<S: Storage>(storage: &S) -> Result<Folder, OpenError> {
+    pub fn list<S: Storage>(storage: &S, spare_bytes: u64) -> Result<Folder, OpenError> {
         let names = storage
             .list()
             .map_err(|source| io_error("list", ".", source))?;
@@ -41,7 +41,9 @@ impl Folder {
                 let bytes = storage.open(name).and_then(|file| file.len());
                 let bytes = bytes.map_err(|source| io_error("open", name, source))?;
                 folder.next_spare = folder.next_spare.max(number + 1);
-                folder.spares.push(Spare { number, bytes });
+                if bytes >= spare_bytes {
+                    folder.spares.push(Spare { number, bytes });
+                }
             }
         }
         folder.names = names;
@@ -98,8 +100,13 @@ impl Folder {
         );
         for name in &self.names {
             let ours = parse_file_name(name).is_some() || snapshot::number_of(name).is_some();
-            let unfinished = matches!(parse_spare_name(name), Some(SpareName::Unfinished));
-            if (ours && !named.contains(name)) || unfinished || name == NEW_NAME {
+            let useless = match parse_spare_name(name) {
+                Some(SpareName::Unfinished) => true,
+                // Made when segments were smaller.
+                Some(SpareName::Ready(number)) => self.spares.iter().all(|s| s.number != number),
+                None => false,
+            };
+            if (ours && !named.contains(name)) || useless || name == NEW_NAME {
                 let _ = storage.remove(name);
             }
         }

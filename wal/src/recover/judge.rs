@@ -106,6 +106,11 @@ impl<F: StorageFile> Found<F> {
                 What::Sealed(body) => judged.take_sealed(found.id, &found.entry, body),
                 What::Lost(defect) => {
                     let last = lost_last(&found.entry, successor, vouched);
+                    if last < found.entry.first {
+                        // It never held anything.
+                        judged.dropped.push(found.id);
+                        continue;
+                    }
                     judged.take_lost(found.id, &found.entry, last, defect, report);
                     let range = IndexRange {
                         first: found.entry.first,

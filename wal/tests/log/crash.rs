@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use millpond_wal::sim::SimStorage;
+use millpond_wal::sim::{Call, Failure, Fault, SimStorage};
 use millpond_wal::storage::Storage;
 use millpond_wal::{ChunkId, Log, LogError, LogIndex, Place, ReadError, ReplayEnd};
 
@@ -21,6 +21,8 @@ struct World {
     in_doubt: BTreeMap<Place, Vec<u8>>,
     /// Everything from here on may be gone, because a truncation was interrupted.
     truncating: Option<LogIndex>,
+    /// One call of this life fails, instead of a crash.
+    failing: bool,
     /// At least so far was acknowledged.
     durable: LogIndex,
 }
@@ -46,11 +48,18 @@ fn live_through(seed: u64, lives: usize) {
         expected: BTreeMap::new(),
         in_doubt: BTreeMap::new(),
         truncating: None,
+        failing: false,
         durable: LogIndex::NONE,
     };
     for life in 0..lives {
         let calls = world.rng.below(if life % 3 == 2 { 12 } else { 90 });
-        world.storage.crash_after(calls);
+        world.failing = world.rng.below(3) == 0;
+        if world.failing {
+            let failure = world.failure();
+            world.storage.plan(failure);
+        } else {
+            world.storage.crash_after(calls);
+        }
         world.live(seed, life);
         if world.rng.below(4) == 0 {
             world.storage.restart_process();
@@ -59,6 +68,7 @@ fn live_through(seed: u64, lives: usize) {
         }
     }
     // And once without a crash.
+    world.failing = false;
     let log = world
         .open(seed, lives)
         .unwrap_or_else(|| panic!("seed {seed}: the last start failed"));
@@ -78,7 +88,7 @@ impl World {
         for _ in 0..STEPS {
             if let Ended::Crashed = self.step(&mut log, seed) {
                 assert!(
-                    self.storage.list().is_err(),
+                    self.excused(),
                     "seed {seed}: an error without a crash"
                 );
                 return;
@@ -86,9 +96,35 @@ impl World {
         }
         if self.rng.below(2) == 0 && log.close().is_err() {
             assert!(
-                self.storage.list().is_err(),
+                self.excused(),
                 "seed {seed}: closing failed without a crash"
             );
+        }
+    }
+
+    /// Whether an error may happen now.
+    fn excused(&self) -> bool {
+        self.failing || self.storage.list().is_err()
+    }
+
+    /// One call of a kind that changes the disk fails, and a failed sync loses what it should have kept.
+    fn failure(&mut self) -> Failure {
+        let calls = [
+            Call::Create,
+            Call::Rename,
+            Call::SyncDir,
+            Call::Write,
+            Call::WriteDurable,
+            Call::WriteDurable,
+            Call::Sync,
+            Call::Preallocate,
+            Call::SetLen,
+        ];
+        let faults = [Fault::Io, Fault::NoSpace, Fault::Short];
+        Failure {
+            call: self.rng.choose(&calls).copied(),
+            skip: self.rng.below(12),
+            fault: faults[self.rng.below(3) as usize],
         }
     }
 
@@ -97,8 +133,8 @@ impl World {
         let (opened, replayed, end) = match reopen(&self.storage) {
             Ok(opened) => opened,
             Err(error) => {
-                let dead = self.storage.list().is_err();
-                assert!(dead, "seed {seed} life {life}: {error} {error:?}");
+                let excused = self.excused();
+                assert!(excused, "seed {seed} life {life}: {error} {error:?}");
                 return None;
             }
         };
@@ -191,6 +227,11 @@ impl World {
                 Ended::OutOfTime
             }
             Err(LogError::Disk { .. } | LogError::Read(ReadError::Io { .. })) => Ended::Crashed,
+            // Nothing was written, and the log goes on.
+            Err(LogError::DiskFull | LogError::SnapshotTooNew { .. }) if self.failing => {
+                self.in_doubt.clear();
+                Ended::OutOfTime
+            }
             Err(error) => panic!("seed {seed}: {error} {error:?}"),
         }
     }

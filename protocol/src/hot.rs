@@ -20,7 +20,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::error::ErrorCode;
 use crate::frame::{FrameError, FrameType, HEADER_BYTES, header};
 use crate::ids::{Delivery, Offset, Sequence, Stamp};
-use crate::limits::{BATCH_MESSAGES_MAX, DELIVER_MESSAGES_MAX, SETTLE_ROWS_MAX};
+use crate::limits::{
+    BATCH_MESSAGES_MAX, DELIVER_MESSAGES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX,
+};
 
 /// A batch of messages whose sequences rise, and the sequence accepted before them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -350,7 +352,14 @@ pub fn decode_acks(body: &[u8]) -> Result<Vec<AckRun>, FrameError> {
             "an acks frame has as many rows as it says, at most 8,192",
         ));
     }
-    rows.iter().map(AckRunRaw::run).collect()
+    let runs: Vec<_> = rows.iter().map(AckRunRaw::run).collect::<Result<_, _>>()?;
+    let offsets: u64 = runs.iter().map(|run| u64::from(run.run)).sum();
+    if offsets > SETTLE_OFFSETS_MAX {
+        return Err(FrameError::Body(
+            "an acks frame covers at most 65,536 offsets",
+        ));
+    }
+    Ok(runs)
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -466,6 +475,22 @@ mod tests {
             &mut out,
         );
         assert!(decode_acks(&out[HEADER_BYTES..]).is_err());
+    }
+
+    #[test]
+    fn an_acks_frame_covers_a_bounded_number_of_offsets() {
+        let run = AckRun {
+            offset: Offset(0),
+            delivery: Delivery(1),
+            run: SETTLE_OFFSETS_MAX as u32,
+        };
+        let decode = |runs: &[AckRun]| {
+            let mut out = BytesMut::new();
+            encode_acks(runs, &mut out);
+            decode_acks(&out[HEADER_BYTES..])
+        };
+        assert_eq!(decode(&[run]), Ok(vec![run]));
+        assert!(decode(&[run, AckRun { run: 1, ..run }]).is_err());
     }
 
     proptest! {

@@ -23,6 +23,8 @@ pub const BATCH_BYTES_TARGET: usize = 256 << 10;
 pub const DELIVER_MESSAGES_MAX: u32 = 4096;
 /// Most acknowledgements or settlements in one frame.
 pub const SETTLE_ROWS_MAX: u32 = 8192;
+/// Most offsets that the acknowledgements of one frame may cover together.
+pub const SETTLE_OFFSETS_MAX: u64 = 65_536;
 /// Longest topic or subscription name, in bytes.
 pub const NAME_BYTES_MAX: usize = 200;
 /// Longest producer id, in bytes.

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use millpond_protocol::control::{OpenSettlements, Settle, SettleRefused, Settled};
 use millpond_protocol::frame::{Frame, FrameType, empty};
 use millpond_protocol::hot::{decode_acks, decode_commit};
-use millpond_protocol::limits::SETTLE_ROWS_MAX;
+use millpond_protocol::limits::{SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, SessionId, WireError};
 use millpond_wal::storage::Storage;
 use tokio::sync::{Notify, mpsc};
@@ -173,7 +173,8 @@ async fn write(
                 Some(_) => {}
                 None => break,
             }
-            next = if end.is_none() {
+            let crowded = settled.refused.len() as u64 >= SETTLE_OFFSETS_MAX;
+            next = if end.is_none() && !crowded {
                 outputs.try_recv().ok()
             } else {
                 None

@@ -343,6 +343,7 @@ pub fn of_disk(disk: &DiskMonitor) -> Vec<Sample> {
 #[cfg(test)]
 mod tests {
     use millpond_protocol::control::DeadReason;
+    use millpond_protocol::{Offset, SubscriptionConfig, SubscriptionId};
     use millpond_queue::FailureKind;
 
     use super::super::BrokerMetrics;
@@ -391,6 +392,43 @@ mod tests {
         ] {
             assert!(has(&text, line), "{line}\n{text}");
         }
+    }
+
+    #[test]
+    fn a_subscription_is_told_by_state_and_without_a_due_time_if_nothing_is_due() {
+        let view = SubscriptionView {
+            topic: "orders".to_owned(),
+            name: "billing".to_owned(),
+            id: SubscriptionId(1),
+            config: SubscriptionConfig::default(),
+            dead_letter: "orders.billing.dead".to_owned(),
+            paused: false,
+            floor: Offset(10),
+            backlog: 6,
+            ready: 1,
+            in_flight: 2,
+            scheduled: 3,
+            dead: 4,
+            consumers: 1,
+            oldest_ready_ms: Some(1_500),
+            next_due: None,
+            pinned_bytes: 77,
+            stalled: None,
+        };
+        let mut samples = Vec::new();
+        of_subscription(&view, &mut samples);
+        let text = BrokerMetrics::new().encode(samples);
+        let of = "topic=\"orders\",subscription=\"billing\"";
+        for line in [
+            format!("millpond_messages{{{of},state=\"in_flight\"}} 2.0"),
+            format!("millpond_messages{{{of},state=\"dead\"}} 4.0"),
+            format!("millpond_oldest_ready_age_seconds{{{of}}} 1.5"),
+            format!("millpond_pinned_bytes{{{of}}} 77.0"),
+            format!("millpond_stalled{{{of}}} 0.0"),
+        ] {
+            assert!(has(&text, &line), "{line}\n{text}");
+        }
+        assert!(!text.contains("next_due"), "{text}");
     }
 
     #[test]

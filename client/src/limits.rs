@@ -16,6 +16,8 @@ pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 pub const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long closing may wait for what is still on its way.
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the end of a producer's stream may take to reach the broker.
+pub const FINISH_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a stopped worker lets running handlers finish.
 pub const DRAIN_TIMEOUT: Duration = Duration::from_secs(30);
 

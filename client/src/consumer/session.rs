@@ -16,7 +16,7 @@ use bytes::Bytes;
 use millpond_protocol::control::{
     ConsumerNotice, ConsumerOpened, LeaseName, LostReason, Outcome, SessionResume, Settled,
 };
-use millpond_protocol::hot::{ConsumerCredit, Credit, DELIVER_META_BYTES, Delivered};
+use millpond_protocol::hot::{ConsumerCredit, Credit, Delivered};
 use millpond_protocol::{Offset, SessionId, SubscriptionMode};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
@@ -578,9 +578,8 @@ impl Held {
         }
     }
 
-    /// What it takes of the byte credit: never less than the broker counts.
+    /// What it takes of the byte credit, which counts messages only.
     pub fn bytes(&self) -> u64 {
-        const FRAME_SHARE: usize = DELIVER_META_BYTES + 16;
-        (FRAME_SHARE + self.delivered.extra.len() + self.delivered.message.len()) as u64
+        self.delivered.message.len() as u64
     }
 }

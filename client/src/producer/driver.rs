@@ -10,7 +10,7 @@ use millpond_protocol::control::{OpenProducer, ProducerOpened, ProducerResume};
 use millpond_protocol::frame::{Frame, FrameError, FrameType};
 use millpond_protocol::hot::PublishAck;
 use quinn::SendStream;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
 
 use super::core::Core;
 use super::pipeline::{Next, Verdict};
@@ -18,7 +18,7 @@ use crate::backoff::{Backoff, random, retry_after};
 use crate::client::Inner;
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
-use crate::limits::STREAM_RETRIES_MAX;
+use crate::limits::{FINISH_TIMEOUT, RECONNECT_MAX, STREAM_RETRIES_MAX};
 use crate::supervisor::Shared;
 
 /// An open producer stream.
@@ -50,7 +50,7 @@ pub async fn open(
     resume: Option<ProducerResume>,
     deadline: Instant,
 ) -> Result<Stream, Error> {
-    let question = OpenProducer {
+    let mut question = OpenProducer {
         topic: identity.topic.clone(),
         producer_id: identity.producer_id.clone(),
         resume,
@@ -79,6 +79,10 @@ pub async fn open(
                 });
             }
         };
+        // The broker may have opened it, and the answer was lost: that epoch is ours too.
+        if let Some(resume) = &mut question.resume {
+            resume.epoch = resume.epoch.next();
+        }
         let wait = match &end {
             StreamEnd::Lost => backoff.next(random()),
             StreamEnd::Refused(wire) if wire.code.class() == ErrorClass::Retriable => {
@@ -159,14 +163,14 @@ async fn reopen(
         let deadline = Instant::now() + shared.request_timeout;
         match open(shared, identity, resume, deadline).await {
             Ok(stream) => return Ok(stream),
-            // The broker forgot this producer: a new state begins, doubts stay doubts.
+            // The broker forgot this producer: a new state begins, what was in doubt stays so.
             Err(Error::SequenceExpired) if resume.is_some() => resume = None,
             Err(error) if error.is_retriable() => {
                 tracing::debug!(topic = identity.topic, %error, "the producer waits for the broker");
                 sleep(Backoff::default().next(random())).await;
             }
             Err(Error::Tls(_) | Error::Version(_)) => {
-                sleep(crate::limits::RECONNECT_MAX).await;
+                sleep(RECONNECT_MAX).await;
             }
             Err(error) => return Err(error),
         }
@@ -184,10 +188,12 @@ async fn serve_stream(shared: &Shared, core: &Core, stream: Stream) -> Ended {
         ended = read(core, &mut reader) => ended,
         () = drained(shared, core) => Ended::Finished,
     };
-    if matches!(ended, Ended::Finished) && send.finish().is_ok() {
+    if matches!(ended, Ended::Again) {
+        // A clean end would tell the broker to forget an anonymous producer.
+        let _ = send.reset(0u32.into());
+    } else if send.finish().is_ok() {
         // Lets the last bytes out; the broker needs nothing more from this stream.
-        let limit = Instant::now() + Duration::from_secs(1);
-        let _ = timeout_at(limit, send.stopped()).await;
+        let _ = timeout(FINISH_TIMEOUT, send.stopped()).await;
     }
     ended
 }

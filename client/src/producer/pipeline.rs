@@ -6,7 +6,7 @@
 //!                       +- taken back: refused, or the stream broke
 //! ```
 //! Sequences rise through taken back, sent, waiting, filling, in this order. `tip` is the `previous`
-//! of the next frame: what the broker will have accepted last when that frame arrives. After a
+//! of the next new frame: what the broker will have accepted last when that frame arrives. After a
 //! refusal nothing is sent until every frame behind it has been answered too; then `tip` becomes
 //! what the broker named, and all goes out again in order. So a message that fails leaves no hole
 //! in the chain, and none can overtake it.
@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use millpond_protocol::control::{ProducerOpened, PublishRefused};
 use millpond_protocol::hot::{AckKind, AckRow, Credit, Publish, PublishAck};
-use millpond_protocol::{ErrorClass, ErrorCode, Message, Sequence};
+use millpond_protocol::{ErrorClass, ErrorCode, Message, ProducerKey, Sequence};
 
 use super::batch::{Accepted, Batch, Filling, Outcome};
 use crate::backoff::retry_after;
@@ -73,6 +73,8 @@ pub struct Slot {
 
 pub struct Pipeline {
     config: PipelineConfig,
+    /// The broker's dedup state; another one remembers nothing of this one.
+    producer: ProducerKey,
     tip: Sequence,
     /// The highest sequence known to be accepted.
     accepted: Sequence,
@@ -130,6 +132,7 @@ impl Pipeline {
         let last = opened.last_sequence;
         Self {
             config,
+            producer: opened.producer,
             tip: last,
             accepted: last,
             highest_sent: last,
@@ -333,7 +336,8 @@ impl Pipeline {
         if last > self.highest_sent {
             return Err(Error::Fenced);
         }
-        let forgotten = last < self.accepted;
+        let forgotten = last < self.accepted || opened.producer != self.producer;
+        self.producer = opened.producer;
         for mut batch in std::mem::take(&mut self.waiting) {
             if batch.in_doubt && forgotten {
                 self.give_up(batch, wakeups);
@@ -492,8 +496,9 @@ impl Pipeline {
 
     fn send(&mut self, mut batch: Batch) -> PublishFrame {
         let (count, bytes) = (u64::from(batch.count), batch.bytes.len());
-        let prefix = Publish::prefix(self.tip, batch.count, bytes);
-        batch.previous = self.tip;
+        // A batch that may be there already names what came before it, not what came after.
+        batch.previous = self.tip.min(Sequence(batch.first.0.saturating_sub(1)));
+        let prefix = Publish::prefix(batch.previous, batch.count, bytes);
         self.tip = self.tip.max(batch.last);
         self.highest_sent = self.highest_sent.max(batch.last);
         self.used.add(count, bytes);

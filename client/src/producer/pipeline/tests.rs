@@ -5,7 +5,7 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{BufMut, BytesMut};
 use millpond_protocol::frame::HEADER_BYTES;
-use millpond_protocol::{Epoch, MessageView, Offset, ProducerKey, TopicId, WireError};
+use millpond_protocol::{Epoch, MessageView, Offset, TopicId, WireError};
 use proptest::prelude::*;
 
 use super::*;
@@ -273,6 +273,23 @@ fn what_a_forgetful_broker_may_have_had_is_ambiguous() {
     assert_eq!(outcome(&unsent), good(0));
 }
 
+#[test]
+fn another_dedup_state_knows_nothing_of_what_is_in_doubt() {
+    let now = Instant::now();
+    let wakeups = &mut Wakeups::default();
+    let mut pipeline = pipeline(0, WIDE);
+    let doubtful = push(&mut pipeline, "a", now);
+    frame(&mut pipeline, now).unwrap();
+    pipeline.lost();
+    let other = ProducerOpened {
+        producer: ProducerKey(2),
+        ..opened(0, WIDE)
+    };
+    pipeline.reopened(&other, wakeups).unwrap();
+    assert_eq!(outcome(&doubtful), Some(Err(Error::Ambiguous)));
+    assert!(pipeline.is_empty());
+}
+
 /// A broker by the book: dedup by sequence, the chain by `previous`, all or nothing.
 #[derive(Default)]
 struct Broker {
@@ -301,11 +318,12 @@ impl Broker {
         }
         assert_eq!(sequences.len(), publish.count as usize);
         assert!(sequences.is_sorted_by(|a, b| a < b));
+        assert!(publish.previous.0 < sequences[0]);
         let old = sequences.partition_point(|&s| s <= self.last);
         let (old, new) = sequences.split_at(old);
         let code = match code {
             _ if new.is_empty() => None,
-            _ if publish.previous.0 != self.last => Some(ErrorCode::SequenceGap),
+            _ if *old.last().unwrap_or(&publish.previous.0) != self.last => Some(ErrorCode::SequenceGap),
             _ if poisoned => Some(ErrorCode::ReservedHeader),
             given => given,
         };

@@ -52,26 +52,30 @@ fn roots(ca_pem: &[u8]) -> Result<RootCertStore, Error> {
 pub fn explain(code: quinn::TransportErrorCode, text: &str, server_name: &str) -> Option<Error> {
     const NO_APPLICATION_PROTOCOL: u64 = 120;
     let alert = u64::from(code).checked_sub(0x100)?;
-    Some(Error::Tls(if text.contains("UnknownIssuer") {
-        "the broker's certificate is not signed by the CA that was given; \
+    // Two brokers' CAs may bear one name: then it is the signature that does not fit.
+    Some(Error::Tls(
+        if text.contains("UnknownIssuer") || text.contains("BadSignature") {
+            "the broker's certificate is not signed by the CA that was given; \
          pass the ca.pem of this broker's data folder"
-            .to_owned()
-    } else if text.contains("NotValidForName") {
-        format!(
-            "the broker's certificate is not valid for {server_name:?}; \
+                .to_owned()
+        } else if text.contains("NotValidForName") {
+            format!(
+                "the broker's certificate is not valid for {server_name:?}; \
              connect by a name that it has, or give the broker a certificate with this one"
-        )
-    } else if text.contains("Expired") {
-        "the broker's certificate has expired; renew it on the broker".to_owned()
-    } else if text.contains("NotValidYet") {
-        "the broker's certificate is not valid yet; check the clocks of both machines".to_owned()
-    } else if alert == NO_APPLICATION_PROTOCOL {
-        return Some(Error::Version(
-            "the server at this address does not speak millpond/1".to_owned(),
-        ));
-    } else {
-        format!("the TLS handshake with the broker failed: {text}")
-    }))
+            )
+        } else if text.contains("Expired") {
+            "the broker's certificate has expired; renew it on the broker".to_owned()
+        } else if text.contains("NotValidYet") {
+            "the broker's certificate is not valid yet; check the clocks of both machines"
+                .to_owned()
+        } else if alert == NO_APPLICATION_PROTOCOL {
+            return Some(Error::Version(
+                "the server at this address does not speak millpond/1".to_owned(),
+            ));
+        } else {
+            format!("the TLS handshake with the broker failed: {text}")
+        },
+    ))
 }
 
 #[cfg(test)]

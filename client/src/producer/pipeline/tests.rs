@@ -323,7 +323,9 @@ impl Broker {
         let (old, new) = sequences.split_at(old);
         let code = match code {
             _ if new.is_empty() => None,
-            _ if *old.last().unwrap_or(&publish.previous.0) != self.last => Some(ErrorCode::SequenceGap),
+            _ if *old.last().unwrap_or(&publish.previous.0) != self.last => {
+                Some(ErrorCode::SequenceGap)
+            }
             _ if poisoned => Some(ErrorCode::ReservedHeader),
             given => given,
         };

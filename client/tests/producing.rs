@@ -1,0 +1,319 @@
+//! A producer against a scripted broker.
+
+mod fake;
+
+use std::time::Duration;
+
+use fake::{FakeBroker, WIDE, patient};
+use millpond_client::{Error, ErrorClass, ErrorCode, Message, Offset, Producer, WireError};
+use millpond_protocol::control::{ProducerOpened, PublishRefused};
+use millpond_protocol::frame::FrameType;
+use millpond_protocol::hot::{AckKind, Credit, PublishAck};
+use millpond_protocol::{Epoch, MessageView, ProducerKey, Sequence, TopicId};
+
+async fn open(
+    client: &millpond_client::Client,
+    connection: &fake::FakeConnection,
+) -> (Producer, fake::Duplex) {
+    let opening = client.producer("orders").open();
+    let (producer, (open, stream)) = tokio::join!(opening, connection.producer(0, WIDE));
+    assert_eq!(open.topic, "orders");
+    (producer.unwrap(), stream)
+}
+
+fn refusal(previous: u64, count: u32, last: u64, code: ErrorCode) -> PublishRefused {
+    PublishRefused {
+        previous: Sequence(previous),
+        count,
+        last_accepted: Sequence(last),
+        error: WireError::new(code, "refused").retry_after(1),
+    }
+}
+
+#[tokio::test]
+async fn messages_get_their_offsets() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let receipts = [
+        producer.try_send(Message::new("a")).unwrap(),
+        producer.try_send(Message::new("b")).unwrap(),
+    ];
+    let batch = stream.publish().await;
+    assert_eq!((batch.previous, batch.count), (Sequence(0), 2));
+    let (first, rest) = MessageView::split(&batch.messages).unwrap();
+    assert_eq!(first.payload(), b"a");
+    assert_eq!(first.verify(), Ok(()));
+    let (second, _) = MessageView::split(rest).unwrap();
+    assert_eq!(
+        (second.payload(), second.sequence()),
+        (&b"b"[..], Sequence(2))
+    );
+    stream.ack(2, 10, 2, AckKind::Appended).await;
+    for (receipt, offset) in receipts.into_iter().zip([10, 11]) {
+        let done = patient(receipt).await.unwrap();
+        assert_eq!(done.offset, Some(Offset(offset)));
+        assert!(!done.duplicate);
+    }
+}
+
+#[tokio::test]
+async fn what_was_in_doubt_is_sent_again_and_is_no_duplicate_to_its_sender() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let doubtful = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    connection.break_off();
+    let young = producer.try_send(Message::new("b")).unwrap();
+
+    let connection = broker.accept().await;
+    let (open, mut stream) = connection.producer(1, WIDE).await;
+    let resume = open.resume.unwrap();
+    assert_eq!(resume.producer, ProducerKey(5));
+    let again = stream.publish().await;
+    assert_eq!((again.previous, again.count), (Sequence(0), 1));
+    let next = stream.publish().await;
+    assert_eq!((next.previous, next.count), (Sequence(1), 1));
+    stream.ack(1, 40, 1, AckKind::Duplicate).await;
+    stream.ack(2, 41, 1, AckKind::Appended).await;
+    let done = patient(doubtful).await.unwrap();
+    assert_eq!((done.offset, done.duplicate), (Some(Offset(40)), false));
+    assert_eq!(patient(young).await.unwrap().offset, Some(Offset(41)));
+}
+
+#[tokio::test]
+async fn a_refusal_for_the_moment_is_tried_again_in_order() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let first = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    let second = producer.try_send(Message::new("b")).unwrap();
+    stream.publish().await;
+    let low = refusal(0, 1, 0, ErrorCode::DiskLow);
+    stream.write(FrameType::PublishRefused, &low).await;
+    let gap = refusal(1, 1, 0, ErrorCode::SequenceGap);
+    stream.write(FrameType::PublishRefused, &gap).await;
+    assert_eq!(stream.publish().await.previous, Sequence(0));
+    assert_eq!(producer.pressure().unwrap().reason, ErrorCode::DiskLow);
+    assert_eq!(stream.publish().await.previous, Sequence(1));
+    stream.ack(2, 0, 2, AckKind::Appended).await;
+    assert_eq!(patient(first).await.unwrap().offset, Some(Offset(0)));
+    assert_eq!(patient(second).await.unwrap().offset, Some(Offset(1)));
+    assert_eq!(producer.pressure(), None);
+}
+
+#[tokio::test]
+async fn a_fenced_producer_is_over() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let pending = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    let fenced = WireError::new(ErrorCode::ProducerFenced, "another one was opened");
+    stream.write(FrameType::Error, &fenced).await;
+    assert_eq!(patient(pending).await, Err(Error::Fenced));
+    let next = producer.send(Message::new("b")).await;
+    assert_eq!(next, Err(Error::Fenced));
+}
+
+#[tokio::test]
+async fn without_credit_a_send_waits_and_a_try_fails_at_once() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let one = Credit {
+        max_messages: 1,
+        ..WIDE
+    };
+    let opening = client.producer("orders").open();
+    let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, one));
+    let producer = producer.unwrap();
+    let _first = producer.try_send(Message::new("a")).unwrap();
+    let full = producer.try_send(Message::new("b")).err().unwrap();
+    assert_eq!(full.class(), ErrorClass::Backpressure);
+    let waiting = {
+        let producer = producer.clone();
+        tokio::spawn(async move { producer.send(Message::new("b")).await })
+    };
+    stream.publish().await;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert_eq!(stream.publish().await.previous, Sequence(1));
+    stream.ack(2, 1, 1, AckKind::Appended).await;
+    let done = patient(waiting).await.unwrap().unwrap();
+    assert_eq!(done.offset, Some(Offset(1)));
+}
+
+#[tokio::test]
+async fn a_send_that_finds_no_room_in_time_tells_the_brokers_reason() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let limit = Duration::from_millis(50);
+    let opening = client.producer("orders").send_timeout(limit).open();
+    let none = Credit::default();
+    let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, none));
+    let producer = producer.unwrap();
+    let pressed = PublishAck {
+        pressure: Some(ErrorCode::Memory),
+        retry_after_ms: 70,
+        ..PublishAck::default()
+    };
+    stream.write_ack(&pressed).await;
+    patient(async {
+        while producer.pressure().is_none() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let error = patient(producer.send(Message::new("a"))).await.unwrap_err();
+    let expected = Error::Backpressure {
+        reason: ErrorCode::Memory,
+        retry_after: Duration::from_millis(70),
+    };
+    assert_eq!(error, expected);
+}
+
+#[tokio::test]
+async fn no_answer_within_the_timeout_is_ambiguous() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let limit = Duration::from_millis(50);
+    let opening = client.producer("orders").send_timeout(limit).open();
+    let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, WIDE));
+    let producer = producer.unwrap();
+    let sent = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    assert_eq!(patient(sent).await, Err(Error::Ambiguous));
+    assert_eq!(producer.flush().await, Err(Error::Ambiguous));
+    // The late answer is taken in its turn.
+    let next = producer.try_send(Message::new("b")).unwrap();
+    stream.publish().await;
+    stream.ack(2, 0, 2, AckKind::Appended).await;
+    assert_eq!(patient(next).await.unwrap().offset, Some(Offset(1)));
+}
+
+#[tokio::test]
+async fn a_message_beyond_the_limits_is_not_sent() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let mut wrong = Message::new("a");
+    wrong.headers.push(("mp-x".into(), "y".into()));
+    let error = producer.send(wrong).await.unwrap_err();
+    assert_eq!(error.code(), Some(ErrorCode::ReservedHeader));
+    let _good = producer.try_send(Message::new("b")).unwrap();
+    assert_eq!(stream.publish().await.count, 1);
+}
+
+#[tokio::test]
+async fn a_closed_producer_has_sent_everything() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let opening = client
+        .producer("orders")
+        .id("shop-1")
+        .linger(Duration::from_secs(3_600))
+        .open();
+    let (producer, (open, mut stream)) = tokio::join!(opening, connection.producer(3, WIDE));
+    assert_eq!(open.producer_id.as_deref(), Some("shop-1"));
+    let producer = producer.unwrap();
+    assert_eq!(producer.last_sequence(), Sequence(3));
+    let other = producer.clone();
+    let receipt = producer.try_send(Message::new("a")).unwrap();
+    let closing = tokio::spawn(producer.close());
+    assert_eq!(stream.publish().await.previous, Sequence(3));
+    stream.ack(4, 0, 1, AckKind::Appended).await;
+    patient(closing).await.unwrap();
+    assert!(patient(receipt).await.is_ok());
+    assert_eq!(stream.next().await, None);
+    let late = other.send(Message::new("b")).await;
+    assert_eq!(late, Err(Error::Closed));
+}
+
+#[tokio::test]
+async fn a_forgotten_anonymous_producer_begins_anew() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let doubtful = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    connection.break_off();
+
+    let connection = broker.accept().await;
+    let (open, mut stream) = connection.producer_asks().await;
+    assert!(open.resume.is_some());
+    let unsent = producer.try_send(Message::new("b")).unwrap();
+    let expired = WireError::new(ErrorCode::ProducerStateExpired, "forgotten");
+    stream.write(FrameType::Error, &expired).await;
+    let (open, mut stream) = connection.producer_asks().await;
+    assert!(open.resume.is_none());
+    let opened = ProducerOpened {
+        topic: TopicId(1),
+        producer: ProducerKey(6),
+        epoch: Epoch(1),
+        last_sequence: Sequence(0),
+        credit: WIDE,
+    };
+    stream.write(FrameType::ProducerOpened, &opened).await;
+    assert_eq!(patient(doubtful).await, Err(Error::Ambiguous));
+    let batch = stream.publish().await;
+    assert_eq!((batch.previous, batch.count), (Sequence(0), 1));
+    stream.ack(2, 0, 1, AckKind::Appended).await;
+    assert_eq!(patient(unsent).await.unwrap().offset, Some(Offset(0)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_senders_share_batches_and_each_gets_its_own_offset() {
+    const SENDERS: u64 = 50;
+    const EACH: u64 = 200;
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let narrow = Credit {
+        max_messages: 64,
+        max_bytes: 1 << 20,
+    };
+    let opening = client.producer("orders").window_messages(32).open();
+    let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, narrow));
+    let producer = producer.unwrap();
+    let serving = tokio::spawn(async move {
+        let (mut next, mut last, mut bytes, mut batches) = (0u64, 0u64, 0u64, 0u64);
+        while next < SENDERS * EACH {
+            let batch = stream.publish().await;
+            assert_eq!(batch.previous, Sequence(last));
+            bytes += batch.messages.len() as u64;
+            last += u64::from(batch.count);
+            assert!(last <= next + 64, "more than the credit was sent");
+            let ack = PublishAck {
+                credit: Credit {
+                    max_messages: last + 64,
+                    max_bytes: bytes + (1 << 20),
+                },
+                rows: vec![millpond_protocol::hot::AckRow {
+                    last_sequence: Sequence(last),
+                    offset: Offset(next),
+                    count: batch.count,
+                    kind: AckKind::Appended,
+                }],
+                ..PublishAck::default()
+            };
+            stream.write_ack(&ack).await;
+            next = last;
+            batches += 1;
+        }
+        batches
+    });
+    let mut senders = tokio::task::JoinSet::new();
+    for _ in 0..SENDERS {
+        let producer = producer.clone();
+        senders.spawn(async move {
+            for _ in 0..EACH {
+                let done = producer.send(Message::new("x")).await.unwrap();
+                assert_eq!(done.offset.unwrap().0 + 1, done.sequence.0);
+            }
+        });
+    }
+    while let Some(sender) = patient(senders.join_next()).await {
+        sender.unwrap();
+    }
+    assert!(patient(serving).await.unwrap() < SENDERS * EACH, "batched");
+}

@@ -1,0 +1,86 @@
+//! Receiving from a stream subscription: in order, and what has been printed is committed.
+
+use millpond_client::{Client, Error, StreamMessage};
+
+use super::seen::Seen;
+use super::{Ending, Pace, ReceiveArgs, Turn, stopped};
+use crate::exec::{self, Ended};
+use crate::failure::Failure;
+use crate::moment;
+use crate::output::{self, Format};
+
+/// Prints or runs until the pace says that it is over.
+pub async fn run(
+    args: &ReceiveArgs,
+    client: &Client,
+    mut pace: Pace,
+    format: Format,
+) -> Result<(), Failure> {
+    let ending = args.ending.ending();
+    if ending == Ending::Nack || args.concurrency > 1 {
+        return Err(Failure::StreamMode);
+    }
+    let mut subscription = client
+        .subscribe(&args.topic, &args.subscription)
+        .open_stream()
+        .await?;
+    let result = loop {
+        if pace.is_over() {
+            break Ok(());
+        }
+        let message = match pace.turn(subscription.next()).await {
+            Turn::Next(Some(Ok(message))) => message,
+            Turn::Next(Some(Err(damage @ Error::Corrupt { .. }))) => {
+                output::note(format!("warning: {damage}"));
+                continue;
+            }
+            Turn::Next(Some(Err(error))) => break Err(error.into()),
+            Turn::Next(None) | Turn::Idle => break Ok(()),
+            Turn::Stopped(stop) => break stopped(stop),
+        };
+        pace.took(1);
+        if let Err(failure) = handle(args, &message, format).await {
+            break Err(failure);
+        }
+        if ending != Ending::Release {
+            let next = message.offset().next();
+            if let Err(error) = subscription.commit(next).await {
+                break Err(error.into());
+            }
+        }
+    };
+    subscription.close().await;
+    result
+}
+
+async fn handle(
+    args: &ReceiveArgs,
+    message: &StreamMessage,
+    format: Format,
+) -> Result<(), Failure> {
+    let seen = seen(message);
+    let Some(command) = &args.exec else {
+        let mut out = Vec::new();
+        seen.put(format, &mut out);
+        return output::bytes(&out);
+    };
+    let job = seen.job(&args.topic, &args.subscription);
+    match exec::run(command, job).await {
+        Ended::Well => Ok(()),
+        Ended::Badly { reason, .. } => Err(Failure::Command {
+            offset: message.offset().0,
+            reason,
+        }),
+    }
+}
+
+fn seen(message: &StreamMessage) -> Seen<'_> {
+    Seen {
+        offset: message.offset().0,
+        attempt: 1,
+        published_at: moment::rfc3339(message.published_at()),
+        key: message.key(),
+        headers: message.headers().collect(),
+        payload: message.payload(),
+    }
+}

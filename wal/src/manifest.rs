@@ -65,7 +65,8 @@ pub(crate) enum Change {
         file_bytes: u64,
     },
     Snapshot(SnapshotEntry),
-    /// Entries at or above `from` with an epoch below `epoch` are void.
+    /// Entries at or above `from` are void, and so is what they vouched for: the segments that hold them end
+    /// before or are dropped, and later entries have a higher epoch.
     Truncated {
         from: LogIndex,
         epoch: u32,
@@ -122,8 +123,6 @@ pub(crate) struct State {
     pub segments: BTreeMap<SegmentId, SegmentEntry>,
     /// Oldest first, at most [`SNAPSHOTS_KEPT`].
     pub snapshots: Vec<SnapshotEntry>,
-    /// `(from, epoch)` of the truncations that still void something.
-    pub truncations: Vec<(LogIndex, u32)>,
     pub skipped: Vec<IndexRange>,
     /// The highest index that any record vouched for.
     pub durable: LogIndex,
@@ -207,22 +206,12 @@ impl State {
                 self.epoch = self.epoch.max(*epoch);
                 self.durable = self.durable.min(from.previous());
                 self.end_segments(cut, dropped);
-                self.truncations.push((*from, *epoch));
             }
             Change::Skipped(range) => {
                 self.skipped.push(*range);
                 self.skipped.sort();
             }
         }
-    }
-
-    /// The index up to which this entry's `durable` still vouches, after truncations.
-    pub fn voucher(&self, durable: LogIndex, epoch: u32) -> LogIndex {
-        let voids = self
-            .truncations
-            .iter()
-            .filter(|(_, cut_in)| epoch < *cut_in);
-        voids.fold(durable, |durable, (from, _)| durable.min(from.previous()))
     }
 
     pub fn is_skipped(&self, index: LogIndex) -> bool {
@@ -249,14 +238,6 @@ impl State {
         for id in ids {
             self.segments.remove(id);
         }
-        // A truncation matters as long as a segment of an earlier epoch is there.
-        let oldest = self
-            .segments
-            .values()
-            .map(|entry| entry.epoch)
-            .min()
-            .unwrap_or(u32::MAX);
-        self.truncations.retain(|(_, epoch)| oldest < *epoch);
     }
 
     /// Skips below the oldest kept snapshot are never replayed again.

@@ -82,7 +82,8 @@ impl Group {
         self.headers.update(raw.as_bytes());
         // With room for table and padding, so that completing the entry moves nothing.
         let after = (self.offsets.len() + 1) * TABLE_SLOT_BYTES + BLOCK_BYTES;
-        self.buf.reserve(RECORD_HEADER_BYTES + padded(body_bytes) + after);
+        self.buf
+            .reserve(RECORD_HEADER_BYTES + padded(body_bytes) + after);
         self.buf.extend_from_slice(raw.as_bytes());
         for part in parts {
             self.buf.extend_from_slice(part);

@@ -23,8 +23,8 @@ pub(crate) struct Scan {
     /// Over the good entries' headers; see the footer.
     pub digest: Xxh3,
     pub last_crc: u32,
-    /// The durable index and epoch of every header that is whole, even where its payload is not.
-    pub vouchers: Vec<(LogIndex, u32)>,
+    /// The highest durable index of any header that is whole, even where its payload is not.
+    pub vouched: LogIndex,
     /// Where the unbroken run of entries from the start ends, and the index expected there.
     pub run_end: u64,
     pub run_next: LogIndex,
@@ -56,7 +56,7 @@ pub(crate) fn scan<F: StorageFile>(file: &F, expect: Expect) -> io::Result<Scan>
         records: 0,
         digest: Xxh3::new(),
         last_crc: 0,
-        vouchers: Vec::new(),
+        vouched: LogIndex::NONE,
         run_end: ENTRIES_START,
         run_next: expect.first,
         defect: None,
@@ -90,7 +90,7 @@ impl Scan {
                 return Ok(at + BLOCK_BYTES as u64);
             }
         };
-        self.vouchers.push((header.durable, header.epoch));
+        self.vouched = self.vouched.max(header.durable);
         let disk_bytes = header.disk_bytes();
         let next = at + disk_bytes as u64;
         self.used_end = next.min(window.end);

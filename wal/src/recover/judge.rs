@@ -133,11 +133,7 @@ impl<F: StorageFile> Found<F> {
         let mut vouched = state.durable.max(self.replay_from);
         for found in &self.segments {
             if let What::Scanned(_, scan, _) = &found.what {
-                let valid = scan
-                    .vouchers
-                    .iter()
-                    .map(|&(index, epoch)| state.voucher(index, epoch));
-                vouched = vouched.max(valid.max().unwrap_or_default());
+                vouched = vouched.max(scan.vouched);
             }
         }
         vouched
@@ -251,6 +247,7 @@ impl<F: StorageFile> Judged<F> {
                 index: bounds.last.next(),
                 position: bounds.entries_end,
                 bytes: torn_end - bounds.entries_end,
+                defect: scan.defect,
                 saved_as: None,
             });
         }

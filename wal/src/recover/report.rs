@@ -1,6 +1,6 @@
 //! What opening a log found out.
 
-use crate::entry::LogIndex;
+use crate::entry::{Defect, LogIndex};
 use crate::error::IndexRange;
 use crate::segment::{SegmentDefect, SegmentId};
 
@@ -44,6 +44,8 @@ pub struct TornTail {
     pub index: LogIndex,
     pub position: u64,
     pub bytes: u64,
+    /// The first thing that is wrong in the segment.
+    pub defect: Option<Defect>,
     /// The file they were copied to; none if the disk was full.
     pub saved_as: Option<String>,
 }

@@ -87,10 +87,7 @@ impl World {
         self.expect_all(&log, seed, life);
         for _ in 0..STEPS {
             if let Ended::Crashed = self.step(&mut log, seed) {
-                assert!(
-                    self.excused(),
-                    "seed {seed}: an error without a crash"
-                );
+                assert!(self.excused(), "seed {seed}: an error without a crash");
                 return;
             }
         }

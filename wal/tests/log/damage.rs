@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::{Storage, StorageFile};
 use millpond_wal::{
-    ChunkId, Dumped, Harm, IndexRange, Log, LogError, LogIndex, ReadError, ReplayEnd, Wrong, dump,
-    salvage_accept_loss, verify,
+    ChunkId, Defect, Dumped, Harm, IndexRange, Log, LogError, LogIndex, ReadError, ReplayEnd,
+    Wrong, dump, salvage_accept_loss, verify,
 };
 
 use crate::support::{TOPIC, append, expect_record, files, open, options, place, reopen};
@@ -55,6 +55,7 @@ fn a_bad_last_entry_that_nothing_vouches_for_is_saved_and_cut() {
         (torn.index, torn.position, torn.bytes),
         (LogIndex(5), at(5), BLOCK)
     );
+    assert_eq!(torn.defect, Some(Defect::RecordCrc));
     let saved = storage.open_read(torn.saved_as.as_ref().unwrap()).unwrap();
     assert_eq!(saved.len().unwrap(), BLOCK);
 }

@@ -183,7 +183,7 @@ async fn serve_streams(session: &Session, streams: Streams) -> Result<Ended, Err
         mut answers,
         ..
     } = streams;
-    let end = tokio::select! {
+    let mut end = tokio::select! {
         end = grant(session, &mut delivery_send) => end,
         end = receive(session, &mut deliveries) => end,
         end = settle(session, &mut settle_send) => end,
@@ -192,6 +192,13 @@ async fn serve_streams(session: &Session, streams: Streams) -> Result<Ended, Err
             Err(end) => end,
         },
     };
+    if session.is_close_sent() {
+        // The broker ends the other streams too; what counts is its word on this one.
+        match hear(session, &mut answers).await {
+            Ok(()) => return Ok(Ended::Finished),
+            Err(heard) => end = heard,
+        }
+    }
     match end {
         StreamEnd::Refused(wire) => match Error::from(wire) {
             error if error.class() == ErrorClass::RequestFatal => Err(error),

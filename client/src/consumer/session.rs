@@ -295,8 +295,12 @@ impl Session {
         let mut wakeups = Wakeups::default();
         let mut state = self.state.lock();
         let result = state.settle.settled(settled, &mut wakeups);
+        let may_close = state.phase == Phase::Detached && state.settle.pending() == 0;
         drop(state);
         wakeups.wake();
+        if may_close {
+            self.settle_work.notify_one();
+        }
         self.credit_work.notify_one();
         self.progress.notify_waiters();
         result
@@ -339,6 +343,11 @@ impl Session {
 
     pub async fn settle_work(&self) {
         self.settle_work.notified().await;
+    }
+
+    /// True if the broker has been asked to close the session.
+    pub fn is_close_sent(&self) -> bool {
+        self.state.lock().close_sent
     }
 
     /// True if there is a lease to be renewed.

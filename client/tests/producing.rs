@@ -1,5 +1,7 @@
 //! A producer against a scripted broker.
 
+#![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
+
 mod fake;
 
 use std::time::Duration;

@@ -4,6 +4,7 @@
     dead_code,
     reason = "each test binary includes this file and uses a part"
 )]
+#![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
 
 use std::net::SocketAddr;
 use std::sync::Arc;

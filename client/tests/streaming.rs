@@ -1,0 +1,168 @@
+//! Consumers of stream subscriptions against a scripted broker.
+
+#![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
+
+mod fake;
+
+use fake::{Duplex, FakeBroker, FakeConnection, opened, patient};
+use millpond_client::{
+    Client, Error, Offset, Request, Response, StartAt, StreamMessage, StreamSubscription,
+    SubscriptionConfig, SubscriptionMode,
+};
+use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, Settled};
+use millpond_protocol::frame::FrameType;
+use millpond_protocol::hot::decode_commit;
+
+async fn open(
+    client: &Client,
+    connection: &FakeConnection,
+) -> (StreamSubscription, Duplex, Duplex) {
+    let opening = client
+        .subscribe("orders", "audit")
+        .create(SubscriptionConfig::default(), StartAt::Earliest)
+        .open_stream();
+    let opened = opened(1, SubscriptionMode::Stream);
+    let (subscription, (open, mut deliveries, settlements)) =
+        tokio::join!(opening, connection.consumer(&opened));
+    let create = open.create.unwrap();
+    assert_eq!(create.config.mode, SubscriptionMode::Stream);
+    let active = ConsumerNotice::Active { from: Offset(0) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    (subscription.unwrap(), deliveries, settlements)
+}
+
+async fn next(subscription: &mut StreamSubscription) -> Result<StreamMessage, Error> {
+    patient(subscription.next()).await.unwrap()
+}
+
+async fn offsets(subscription: &mut StreamSubscription, count: usize) -> Vec<u64> {
+    let mut found = Vec::new();
+    for _ in 0..count {
+        found.push(next(subscription).await.unwrap().offset().0);
+    }
+    found
+}
+
+#[tokio::test]
+async fn a_commit_resolves_when_it_is_durable() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, mut settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..3).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    assert!(subscription.active());
+    let committing = subscription.commit_later(Offset(3));
+    let frame = settlements.read(FrameType::Commit).await;
+    assert_eq!(decode_commit(&frame.body), Ok(Offset(3)));
+    let settled = Settled {
+        upto: 1,
+        refused: vec![],
+    };
+    settlements.write(FrameType::Settled, &settled).await;
+    assert_eq!(patient(committing).await, Ok(()));
+}
+
+#[tokio::test]
+async fn a_resumed_stream_repeats_nothing_and_leaves_nothing_out() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..4).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [0, 1]);
+    connection.break_off();
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        resumed: true,
+        ..opened(1, SubscriptionMode::Stream)
+    };
+    let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+    let active = ConsumerNotice::Active { from: Offset(0) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    deliveries.deliver(0, 0..6).await;
+    assert_eq!(offsets(&mut subscription, 4).await, [2, 3, 4, 5]);
+}
+
+#[tokio::test]
+async fn a_new_session_reads_from_the_committed_offset_again() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..2).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [0, 1]);
+    connection.break_off();
+    let connection = broker.accept().await;
+    let other = opened(2, SubscriptionMode::Stream);
+    let (_, mut deliveries, _settlements) = connection.consumer(&other).await;
+    deliveries.deliver(0, 0..2).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [0, 1]);
+}
+
+#[tokio::test]
+async fn a_standby_hands_out_nothing_that_another_will_read() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..2).await;
+    assert_eq!(offsets(&mut subscription, 1).await, [0]);
+    deliveries
+        .write(FrameType::ConsumerNotice, &ConsumerNotice::Standby)
+        .await;
+    patient(async {
+        while subscription.active() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let active = ConsumerNotice::Active { from: Offset(9) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    deliveries.deliver(0, [9]).await;
+    assert_eq!(offsets(&mut subscription, 1).await, [9]);
+}
+
+#[tokio::test]
+async fn a_damaged_range_is_told_in_its_place_and_is_not_the_end() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, [0]).await;
+    let damaged = ConsumerNotice::Corrupt {
+        first: Offset(1),
+        next: Offset(5),
+    };
+    deliveries.write(FrameType::ConsumerNotice, &damaged).await;
+    deliveries.deliver(0, [5]).await;
+    assert_eq!(offsets(&mut subscription, 1).await, [0]);
+    let expected = Error::Corrupt {
+        first: Offset(1),
+        next: Offset(5),
+    };
+    assert_eq!(next(&mut subscription).await.unwrap_err(), expected);
+    assert_eq!(offsets(&mut subscription, 1).await, [5]);
+}
+
+#[tokio::test]
+async fn a_seek_back_is_followed() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..4).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    let to = StartAt::Offset(Offset(1));
+    let seeking = subscription.seek(to);
+    let answering = async {
+        let (id, request) = connection.request().await;
+        let expected = Request::SubscriptionSeek {
+            topic: "orders".to_owned(),
+            name: "audit".to_owned(),
+            to,
+        };
+        assert_eq!(request, expected);
+        connection.respond(id, Ok(Response::Done)).await;
+    };
+    let (sought, ()) = tokio::join!(seeking, answering);
+    assert_eq!(sought, Ok(()));
+    let active = ConsumerNotice::Active { from: Offset(1) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    deliveries.deliver(0, 1..3).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
+}

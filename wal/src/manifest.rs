@@ -563,3 +563,109 @@ pub(crate) const MANIFEST_BYTES_MIN: u64 = 16 * BLOCK_BYTES as u64;
 const RESERVE_BYTES: u64 = 8 * BLOCK_BYTES as u64;
 const MAGIC: [u8; 4] = *b"MPMF";
 const VERSION: u16 = 1;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::SimStorage;
+
+    const BYTES_MAX: u64 = MANIFEST_BYTES_MIN;
+
+    fn create(storage: &SimStorage) -> Manifest<SimStorage> {
+        Manifest::create(storage.clone(), BufferPool::new(0), BYTES_MAX, [7; 16]).unwrap()
+    }
+
+    fn read(storage: &SimStorage) -> Result<Manifest<SimStorage>, OpenError> {
+        Manifest::read(storage.clone(), BufferPool::new(0), BYTES_MAX)
+    }
+
+    fn began(id: u64) -> Change {
+        let first = LogIndex(id * 10);
+        Change::Began {
+            id: SegmentId(id),
+            uuid: [id as u8; 16],
+            first,
+            epoch: 1,
+        }
+    }
+
+    /// Where the records stand: each takes one block.
+    fn at(record: u64) -> u64 {
+        record * BLOCK_BYTES as u64
+    }
+
+    #[test]
+    fn the_state_outlives_new_beginnings_of_the_file() {
+        let storage = SimStorage::new(1);
+        let mut manifest = create(&storage);
+        for id in 1..100 {
+            manifest.append(began(id), LogIndex(id)).unwrap();
+        }
+        assert!(manifest.end <= manifest.bytes_max, "{} bytes", manifest.end);
+        let state = manifest.state().clone();
+        assert_eq!((state.segments.len(), state.next_segment), (99, 100));
+        storage.restart();
+        let again = read(&storage).unwrap();
+        assert_eq!((again.state(), again.sequence), (&state, manifest.sequence));
+    }
+
+    #[test]
+    fn a_torn_last_record_was_never_written() {
+        let storage = SimStorage::new(1);
+        let mut manifest = create(&storage);
+        manifest.append(began(1), LogIndex(1)).unwrap();
+        let before = manifest.state().clone();
+        manifest.append(began(2), LogIndex(2)).unwrap();
+        storage.corrupt(NAME, at(2) + 50, 1).unwrap();
+        let mut manifest = read(&storage).unwrap();
+        assert_eq!(manifest.state(), &before);
+        manifest.append(began(3), LogIndex(3)).unwrap();
+        assert_eq!(read(&storage).unwrap().state(), manifest.state());
+    }
+
+    #[test]
+    fn a_bad_record_before_a_good_one_is_damage() {
+        let storage = SimStorage::new(1);
+        let mut manifest = create(&storage);
+        for id in 1..4 {
+            manifest.append(began(id), LogIndex(id)).unwrap();
+        }
+        storage.corrupt(NAME, at(2) + 50, 1).unwrap();
+        let refused = read(&storage).map(drop);
+        assert!(
+            matches!(refused, Err(OpenError::ManifestDamaged { at: 8192 })),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn a_full_disk_leaves_the_old_file_in_use() {
+        let storage = SimStorage::new(1);
+        let mut manifest = create(&storage);
+        storage.set_capacity(manifest.bytes_max);
+        let room = (manifest.bytes_max - manifest.end) / at(1);
+        for id in 1..=room {
+            manifest.append(began(id), LogIndex(id)).unwrap();
+        }
+        assert_eq!(read(&storage).unwrap().state(), manifest.state());
+        assert_eq!(manifest.state().segments.len() as u64, room);
+    }
+
+    #[test]
+    fn two_snapshots_are_kept_and_both_must_cover() {
+        let mut state = State::default();
+        for number in 1..=3 {
+            let index = LogIndex(number * 10);
+            let files = vec![format!("file {number}")];
+            let entry = SnapshotEntry {
+                number,
+                index,
+                digest: [0; 16],
+                files,
+            };
+            state.apply(&Change::Snapshot(entry), index);
+        }
+        let numbers: Vec<u64> = state.snapshots.iter().map(|entry| entry.number).collect();
+        assert_eq!((numbers, state.covered()), (vec![2, 3], LogIndex(20)));
+    }
+}

@@ -306,3 +306,83 @@ impl RawRecord {
 pub(crate) const RECORD_HEADER_BYTES: usize = 24;
 const _: () = assert!(size_of::<RawRecord>() == RECORD_HEADER_BYTES);
 pub(crate) const TABLE_SLOT_BYTES: usize = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::entry::{LogIndex, check_payload};
+
+    fn entry() -> Vec<u8> {
+        let mut group = Group::new(&BufferPool::new(0));
+        group.push(5, 1, &[b"abc", b"", b"defgh"]);
+        group.push(6, 2, &[]);
+        group.push(7, 3, &[b"0123456789"]);
+        let header = EntryHeader {
+            kind: EntryKind::Normal,
+            index: LogIndex(9),
+            term: 0,
+            segment: [3; 16],
+            epoch: 1,
+            previous_crc: 0,
+            durable: LogIndex(8),
+            stamp: 0,
+            records: 0,
+            payload_bytes: 0,
+            payload_crc: 0,
+            position: 4096,
+        };
+        group.finish(header).buf.to_vec()
+    }
+
+    fn judge(bytes: &[u8]) -> Result<(), Defect> {
+        let (header, _) = EntryHeader::decode(bytes)?;
+        check_payload(&header, bytes)
+    }
+
+    #[test]
+    fn records_come_back_in_order() {
+        let entry = entry();
+        assert_eq!(judge(&entry), Ok(()));
+        let (header, _) = EntryHeader::decode(&entry).unwrap();
+        assert_eq!((header.records, header.stamp), (3, 7));
+        let records: Vec<_> = Records::new(&header, &entry)
+            .map(|record| (record.number, record.stamp, record.kind, record.body))
+            .collect();
+        let expected: [(u32, u64, u8, &[u8]); 3] = [
+            (0, 5, 1, b"abcdefgh"),
+            (1, 6, 2, b""),
+            (2, 7, 3, b"0123456789"),
+        ];
+        assert_eq!(records, expected);
+    }
+
+    #[test]
+    fn every_flipped_bit_of_an_entry_is_noticed() {
+        let good = entry();
+        for bit in 0..good.len() * 8 {
+            let mut bad = good.clone();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            assert!(judge(&bad).is_err(), "bit {bit}");
+        }
+    }
+
+    #[test]
+    fn an_entry_that_was_cut_short_is_noticed() {
+        let good = entry();
+        for len in [0, 95, 96, 200, good.len() - 1] {
+            assert!(judge(&good[..len]).is_err(), "{len} bytes");
+        }
+    }
+
+    #[test]
+    fn completing_a_group_moves_nothing() {
+        let pool = BufferPool::new(0);
+        for body in [0, 100, 8000 - 64, 60_000, 262_000] {
+            let mut group = Group::new(&pool);
+            group.push(1, 1, &[&vec![7; body]]);
+            let before = group.buf.as_ptr();
+            let (header, _) = EntryHeader::decode(&entry()).unwrap();
+            assert_eq!(group.finish(header).buf.as_ptr(), before, "{body} bytes");
+        }
+    }
+}

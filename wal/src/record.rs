@@ -134,8 +134,8 @@ pub struct Record<'a> {
     pub body: &'a [u8],
 }
 
-/// The records of an entry, in order. Stops at the first that does not fit; [`check`](Self::check)
-/// tells whether that happens.
+/// The records of an entry, in order. Stops at the first that does not fit, which cannot happen in an
+/// entry that was checked.
 #[derive(Clone, Debug)]
 pub struct Records<'a> {
     entry: &'a [u8],

@@ -313,3 +313,38 @@ fn a_full_disk_refuses_and_recovers() {
     storage.set_capacity(10 << 20);
     assert_eq!(append(&mut log, 1, BYTES).unwrap().index, durable.next());
 }
+
+#[test]
+fn a_snapshot_waits_until_its_segment_can_be_sealed() {
+    use millpond_wal::sim::{Call, Failure, Fault};
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    storage.plan(Failure {
+        call: Some(Call::WriteDurable),
+        skip: 0,
+        fault: Fault::NoSpace,
+    });
+    let refused = log.snapshot_job(LogIndex(1), vec![], vec![]).map(drop);
+    assert!(matches!(refused, Err(LogError::SnapshotTooNew { .. })));
+    append(&mut log, 1, 10).unwrap();
+    assert!(log.snapshot_job(LogIndex(2), vec![], vec![]).is_ok());
+}
+
+#[test]
+fn files_of_snapshots_that_are_not_kept_are_deleted() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for round in 0..6_u8 {
+        append(&mut log, 1, 10).unwrap();
+        let chunk = (ChunkId(1), vec![round; 100].into());
+        let done = log
+            .snapshot_job(log.applied(), vec![chunk], vec![])
+            .unwrap()
+            .run()
+            .unwrap();
+        log.install_snapshot(done).unwrap();
+    }
+    assert_eq!(files(&storage, "snapshot-").len(), 2);
+    assert_eq!(log.snapshot_index(), Some(log.applied()));
+}

@@ -1,0 +1,185 @@
+//! Raw quinn between two processes: the floor under any protocol over QUIC.
+//!
+//! A bidirectional stream begins with one byte that says what it is: a bulk stream is read to its end
+//! and answered with one byte, an echo stream gets back what it sends. The transport is the broker's
+//! and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use millpond_broker::config::QuicConfig;
+use millpond_broker::transport;
+use millpond_client::limits;
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use rustls::crypto::CryptoProvider;
+use rustls::crypto::ring::{self, cipher_suite};
+use rustls::version::TLS13;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+
+use crate::sample::Meter;
+
+/// A listening endpoint on a free port, and its certificate as PEM.
+pub fn server(mtu: u16) -> Result<(Endpoint, String)> {
+    let rcgen::CertifiedKey { cert, signing_key } =
+        rcgen::generate_simple_self_signed(vec!["localhost".to_owned()])?;
+    let key = PrivateKeyDer::try_from(signing_key.serialize_der()).map_err(anyhow::Error::msg)?;
+    let mut tls = rustls::ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13])?
+        .with_no_client_auth()
+        .with_single_cert(vec![cert.der().clone()], key)?;
+    tls.alpn_protocols = vec![ALPN.to_vec()];
+    let mut config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls)?));
+    let quic = QuicConfig {
+        max_mtu: mtu,
+        ..QuicConfig::default()
+    };
+    config.transport_config(Arc::new(transport::server_transport(&quic)));
+    Ok((endpoint(mtu, Some(config))?, cert.pem()))
+}
+
+/// Serves every connection.
+pub async fn accept(endpoint: &Endpoint) {
+    while let Some(incoming) = endpoint.accept().await {
+        tokio::spawn(async move {
+            let Ok(connection) = incoming.await else {
+                return;
+            };
+            while let Ok((send, receive)) = connection.accept_bi().await {
+                // A stream that breaks is missed by the client, which reports it.
+                tokio::spawn(async move { serve(send, receive).await.ok() });
+            }
+        });
+    }
+}
+
+/// The client's side of one connection.
+pub struct Raw {
+    endpoint: Endpoint,
+    connection: Connection,
+}
+
+impl Raw {
+    pub async fn connect(address: SocketAddr, ca_pem: &[u8], mtu: u16) -> Result<Self> {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(ca_pem)?)?;
+        let mut tls = rustls::ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        tls.alpn_protocols = vec![ALPN.to_vec()];
+        let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls)?));
+        config.transport_config(Arc::new(client_transport(mtu)));
+        let endpoint = endpoint(mtu, None)?;
+        let connection = endpoint
+            .connect_with(config, address, "localhost")?
+            .await
+            .context("the sink cannot be reached")?;
+        Ok(Self {
+            endpoint,
+            connection,
+        })
+    }
+
+    /// Sends until so many bytes or so much time are over, and waits for the other side's word that
+    /// it has all of them; how many they were.
+    pub async fn bulk(&self, bytes_max: u64, time_max: Duration) -> Result<u64> {
+        let (mut send, mut receive) = self.connection.open_bi().await?;
+        let chunk = Bytes::from(vec![0x5a; BULK_CHUNK_BYTES]);
+        send.write_all(&[BULK]).await?;
+        let began = Instant::now();
+        let mut bytes = 0;
+        while bytes < bytes_max && began.elapsed() < time_max {
+            send.write_chunk(chunk.clone()).await?;
+            bytes += BULK_CHUNK_BYTES as u64;
+        }
+        send.finish()?;
+        let answer = receive.read_to_end(1).await?;
+        ensure!(answer == [BULK], "the sink ended without its word");
+        Ok(bytes)
+    }
+
+    /// One small message there and back at a time.
+    pub async fn round_trips(&self, time: Duration, meter: &mut Meter) -> Result<()> {
+        let (mut send, mut receive) = self.connection.open_bi().await?;
+        let message = [0x5a; ECHO_BYTES];
+        send.write_all(&[ECHO]).await?;
+        let mut back = [0; ECHO_BYTES];
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            let began = Instant::now();
+            send.write_all(&message).await?;
+            receive.read_exact(&mut back).await?;
+            meter.record(began.elapsed());
+            meter.count(1);
+        }
+        ensure!(back == message, "the sink echoed something else");
+        send.finish()?;
+        Ok(())
+    }
+
+    pub async fn close(self) {
+        self.connection.close(0_u32.into(), b"");
+        self.endpoint.wait_idle().await;
+    }
+}
+
+async fn serve(mut send: quinn::SendStream, mut receive: quinn::RecvStream) -> Result<()> {
+    let mut kind = [0; 1];
+    receive.read_exact(&mut kind).await?;
+    if kind == [BULK] {
+        let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
+        while receive.read_chunks(&mut chunks).await?.is_some() {}
+        send.write_all(&[BULK]).await?;
+    } else {
+        while let Some(chunk) = receive.read_chunk(ECHO_BYTES, true).await? {
+            send.write_chunk(chunk.bytes).await?;
+        }
+    }
+    send.finish()?;
+    // Lets the last bytes arrive before the stream is dropped.
+    send.stopped().await?;
+    Ok(())
+}
+
+/// The same as the client crate's, from its own limits.
+fn client_transport(max_mtu: u16) -> TransportConfig {
+    let mut mtu = MtuDiscoveryConfig::default();
+    mtu.upper_bound(max_mtu);
+    let mut config = TransportConfig::default();
+    config
+        .initial_rtt(limits::INITIAL_RTT)
+        .stream_receive_window(VarInt::from_u32(limits::STREAM_WINDOW_BYTES))
+        .receive_window(VarInt::from_u32(limits::CONNECTION_WINDOW_BYTES))
+        .send_window(limits::SEND_WINDOW_BYTES)
+        .mtu_discovery_config(Some(mtu));
+    config
+}
+
+fn endpoint(mtu: u16, server: Option<quinn::ServerConfig>) -> Result<Endpoint> {
+    let socket = transport::bind_udp(([127, 0, 0, 1], 0).into())?;
+    let mut config = EndpointConfig::default();
+    config.max_udp_payload_size(mtu.max(UDP_PAYLOAD_MIN))?;
+    let runtime = Arc::new(quinn::TokioRuntime);
+    Ok(Endpoint::new(config, server, socket, runtime)?)
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(CryptoProvider {
+        cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256],
+        ..ring::default_provider()
+    })
+}
+
+const ALPN: &[u8] = b"millpond-bench-raw";
+const BULK: u8 = b'b';
+const ECHO: u8 = b'e';
+const BULK_CHUNK_BYTES: usize = 256 << 10;
+/// The size of a round trip's message.
+pub const ECHO_BYTES: usize = 128;
+/// quinn's own default: what a peer may send before discovery.
+const UDP_PAYLOAD_MIN: u16 = 1_472;

@@ -1,0 +1,159 @@
+//! The command line, and the plan that it amounts to.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use tempfile::TempDir;
+
+use crate::floors::Floor;
+use crate::scenarios::Scenario;
+
+/// Load on a broker, and the floors under it, in one run.
+#[derive(Debug, Parser)]
+#[command(name = "load")]
+pub struct Args {
+    /// Measure for about a second each instead of four.
+    #[arg(long)]
+    quick: bool,
+    /// How often everything is measured.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
+    rounds: u32,
+    /// Only these floors and scenarios; what a ratio needs must be among them.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    only: Vec<String>,
+    #[arg(long, value_enum, default_value_t = Output::Table)]
+    output: Output,
+    /// Where brokers keep their data and the disk is measured; default: a temporary folder within
+    /// the target directory.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Upper bound of path MTU discovery, in bytes of UDP payload, for brokers and floors alike.
+    #[arg(long, default_value_t = 1_452, value_parser = clap::value_parser!(u16).range(1_200..=6_400))]
+    pub mtu: u16,
+    /// Messages that a pipelining producer has unacknowledged.
+    #[arg(long, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    window: u32,
+    /// Serve this role for a parent instead of measuring.
+    #[arg(long, value_enum, hide = true, requires = "dir")]
+    pub child: Option<Role>,
+    /// What cargo passes to every bench.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Copy, Clone, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    Table,
+    Json,
+}
+
+/// What a child process serves.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Role {
+    Broker,
+    QuinnSink,
+}
+
+/// What a run measures, and how.
+pub struct Plan {
+    pub floors: Vec<Floor>,
+    pub scenarios: Vec<Scenario>,
+    pub rounds: u32,
+    pub pace: Pace,
+    pub quick: bool,
+    pub mtu: u16,
+    pub window: usize,
+    pub output: Output,
+    folder: Folder,
+}
+
+/// How long and how much one measurement is.
+#[derive(Copy, Clone, Debug)]
+pub struct Pace {
+    /// Not counted: paths find their MTU, windows open, segments are first touched.
+    pub warm_up: Duration,
+    pub measured: Duration,
+    /// Payload bytes after which a measurement ends before its time.
+    pub bytes_max: u64,
+}
+
+impl Pace {
+    const FULL: Self = Self {
+        warm_up: Duration::from_millis(500),
+        measured: Duration::from_secs(4),
+        bytes_max: 6 << 30,
+    };
+    const QUICK: Self = Self {
+        warm_up: Duration::from_millis(200),
+        measured: Duration::from_secs(1),
+        bytes_max: 2 << 30,
+    };
+
+    pub fn total(&self) -> Duration {
+        self.warm_up + self.measured
+    }
+}
+
+enum Folder {
+    Given(PathBuf),
+    Temporary(TempDir),
+}
+
+impl Args {
+    pub fn plan(&self) -> Result<Plan> {
+        let known: Vec<&str> = Floor::ALL
+            .iter()
+            .map(|floor| floor.name())
+            .chain(Scenario::ALL.iter().map(|scenario| scenario.name()))
+            .collect();
+        for name in &self.only {
+            ensure!(
+                known.contains(&name.as_str()),
+                "nothing is named {name}; there are {}",
+                known.join(", ")
+            );
+        }
+        let wanted = |name: &str| self.only.is_empty() || self.only.iter().any(|only| only == name);
+        let folder = match &self.dir {
+            Some(dir) => {
+                std::fs::create_dir_all(dir)
+                    .with_context(|| format!("the folder {} cannot be made", dir.display()))?;
+                Folder::Given(dir.clone())
+            }
+            None => Folder::Temporary(
+                tempfile::Builder::new()
+                    .prefix("load-")
+                    .tempdir_in(env!("CARGO_TARGET_TMPDIR"))
+                    .context("no temporary folder can be made in the target directory")?,
+            ),
+        };
+        Ok(Plan {
+            floors: Floor::ALL
+                .into_iter()
+                .filter(|f| wanted(f.name()))
+                .collect(),
+            scenarios: Scenario::ALL
+                .into_iter()
+                .filter(|s| wanted(s.name()))
+                .collect(),
+            rounds: self.rounds,
+            pace: if self.quick { Pace::QUICK } else { Pace::FULL },
+            quick: self.quick,
+            mtu: self.mtu,
+            window: self.window as usize,
+            output: self.output,
+            folder,
+        })
+    }
+}
+
+impl Plan {
+    pub fn dir(&self) -> &Path {
+        match &self.folder {
+            Folder::Given(path) => path,
+            Folder::Temporary(folder) => folder.path(),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Load on a broker, and the floors under it, measured in one run on one machine.
+//!
+//! ```text
+//! cargo bench --bench load -- [--quick] [--rounds N] [--only NAME,…] [--output json] [--dir DIR] [--mtu N]
+//! ```
+//!
+//! Owns: what is measured and in which order. A run is some rounds; a round measures every floor
+//! and then every scenario, because such a machine drifts: a ratio compares neighbours in time, and
+//! what is reported is the median of the rounds with their spread. The load generator is this
+//! process; each broker is a child process with a folder of its own, so that CPU seconds are told
+//! apart and nothing is left behind by the scenario before.
+//!
+//! Every acknowledgement waits for the disk: there is no setting to the contrary, here or in the
+//! broker. Not here: other systems, and brokers on other machines.
+
+mod args;
+mod backlog;
+mod child;
+mod disk;
+mod floors;
+mod latency;
+mod machine;
+mod open_loop;
+mod proc_stat;
+mod publish;
+mod raw_quic;
+mod report;
+mod rounds;
+mod sample;
+mod scenarios;
+mod server;
+mod verdict;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Parser;
+
+use crate::args::{Args, Output};
+use crate::machine::Facts;
+use crate::report::Report;
+
+fn main() -> Result<ExitCode> {
+    let args = Args::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?;
+    if let Some(role) = args.child {
+        runtime.block_on(server::serve(role, &args))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let plan = args.plan()?;
+    let facts = Facts::gather(&plan)?;
+    // The load is driven from this thread, which is no worker of the runtime: a task that enqueues
+    // without a pause would hold back the tasks that it wakes.
+    let measured = runtime.block_on(rounds::run(&plan))?;
+    let report = Report::new(facts, measured);
+    match plan.output {
+        Output::Table => report::table::print(&report)?,
+        Output::Json => report::json::print(&report)?,
+    }
+    // A claim that is not met is a result; something that could not be measured is a failure.
+    Ok(if report.is_complete() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

@@ -33,6 +33,8 @@ use crate::{identity, tls, token, transport};
 pub const LOG_FOLDER: &str = "log";
 /// How often the disk and the memory are looked at.
 const SURROUNDINGS_EVERY: Duration = Duration::from_millis(500);
+/// How often the certificate is looked at.
+const CERTIFICATE_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// What a producer is told to wait under pressure.
 const PRESSURE_RETRY: Duration = Duration::from_millis(200);
 /// How long connections may take to close once they were told.
@@ -144,6 +146,7 @@ impl Broker {
             context.clone(),
             endpoint.clone(),
         )));
+        tasks.push(tokio::spawn(renew_certificate(config.clone(), endpoint.clone())));
         surroundings.inner.serving.store(true, Ordering::Release);
         Ok(Self {
             listen,
@@ -274,6 +277,18 @@ fn log_recovery(recovered: &crate::shard::Recovered, took: Duration) {
         tracing::error!(
             "the log is damaged above its snapshot: nothing can be written; run `millpond log verify`"
         );
+    }
+}
+
+/// Looks once a day whether the certificate must be renewed; connections that stand keep theirs.
+async fn renew_certificate(config: Config, endpoint: quinn::Endpoint) {
+    loop {
+        tokio::time::sleep(CERTIFICATE_EVERY).await;
+        let wall_us = crate::clock::Clock::wall_us(&SystemClock::new());
+        match transport::server_config(&config, wall_us) {
+            Ok(server) => endpoint.set_server_config(Some(server)),
+            Err(error) => tracing::error!(%error, "the certificate could not be renewed"),
+        }
     }
 }
 

@@ -30,7 +30,7 @@ impl EmbeddedBroker {
         };
         config.data = folder.path().join("data");
         config.log.segment_bytes = 16 << 20;
-        config.disk.reserve_bytes = 0;
+        config.disk.reserve_bytes = 16 << 20;
         change(&mut config);
         let broker = Broker::start(config.clone()).await?;
         Ok(Self {

@@ -107,11 +107,11 @@ async fn welcome<S: Storage>(
 ) -> Result<(Peer, Control), StreamError> {
     let gone = |error: quinn::ConnectionError| StreamError::Gone(error.to_string());
     let connection = incoming.await.map_err(gone)?;
-    transport::admit(&connection, &context.config.quic);
     let (send, recv) = connection.accept_bi().await.map_err(gone)?;
     let (mut writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
     match greet(context, &mut reader).await {
         Ok((hello, token)) => {
+            transport::admit(&connection, &context.config.quic);
             let welcome = Welcome {
                 version: hello.version_max.min(VERSION_MAX),
                 store_id: context.store_id,

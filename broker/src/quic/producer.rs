@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Pressure, Registered, random_u64};
-use crate::memory::Class;
+use crate::memory::{Class, Permit, Share};
 use crate::shard::io::{Input, Output, StreamId};
 
 /// Messages that a producer may have unanswered when nothing presses.
@@ -196,11 +196,7 @@ async fn read<S: Storage>(
     let share = context.memory.topic(&peer.share, handle.topic);
     let (mut messages, mut bytes) = (0, 0);
     while let Some((_, length)) = reader.header().await? {
-        let permit = context
-            .memory
-            .acquire(length as u64, Class::Inbound, &share)
-            .await
-            .map_err(WireError::from)?;
+        let permit = room(context, length as u64, &share).await?;
         let Some(frame) = reader.next().await? else {
             break;
         };
@@ -229,6 +225,23 @@ async fn read<S: Storage>(
         context.shard.input(input).await?;
     }
     Ok(())
+}
+
+/// Memory for a frame, waited for if need be.
+async fn room<S: Storage>(
+    context: &Context<S>,
+    bytes: u64,
+    share: &Share,
+) -> Result<Permit, WireError> {
+    if let Some(permit) = context.memory.try_acquire(bytes, Class::Inbound, share) {
+        return Ok(permit);
+    }
+    let began = tokio::time::Instant::now();
+    let permit = context.memory.acquire(bytes, Class::Inbound, share).await;
+    context
+        .metrics
+        .observe_credit_wait(ErrorCode::Memory, began.elapsed());
+    Ok(permit?)
 }
 
 /// Checks every message of a batch, that their sequences rise, and that nothing is left over.
@@ -324,6 +337,7 @@ async fn write<S: Storage>(
                     last_accepted,
                     error,
                 }) => {
+                    context.metrics.refused(error.code);
                     answered.messages += u64::from(count);
                     answered.bytes += bytes;
                     put_acks(context, &mut rows, &answered, granted, &mut frames);

@@ -4,12 +4,12 @@
 //! happen here, between commits. One job of a kind runs at a time.
 
 use millpond_protocol::{LogIndex, Offset, TopicId};
-use millpond_queue::Place;
+use millpond_queue::{Place, SnapshotDelta};
 use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
-    CleanDone, CleanJob, Contents, JobError, LogError, Row, SealDone, SealJob, SegmentInfo,
-    SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage,
+    ChunkId, CleanDone, CleanJob, Contents, JobError, LogError, Row, SealDone, SealJob,
+    SegmentInfo, SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage,
 };
 
 use super::{Fatal, Outbox, Shard};
@@ -54,6 +54,8 @@ pub(super) struct Maintenance {
     snapshot_every_bytes: u64,
     bytes_since_snapshot: u64,
     snapshot_running: bool,
+    /// What the running snapshot has: to be written again if it fails.
+    snapshot_chunks: Vec<u64>,
     seal_running: bool,
     spare_running: bool,
     clean_running: bool,
@@ -114,10 +116,15 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             Done::Snapshot(result) => {
                 self.maintenance.snapshot_running = false;
                 match result {
-                    Ok(done) => self.log.install_snapshot(done)?,
+                    Ok(done) => {
+                        // Chunks of an older snapshot that could not be read are written anew.
+                        let damaged: Vec<_> = done.damaged.iter().map(|id| id.0).collect();
+                        self.queue.snapshot_lost(&damaged);
+                        self.log.install_snapshot(done)?;
+                    }
                     Err(error) => {
-                        tracing::warn!(%error, "a snapshot could not be written; the next one will be whole");
-                        self.queue.forget_snapshots();
+                        tracing::warn!(%error, "a snapshot could not be written; the next one has its changes too");
+                        self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
                 }
             }
@@ -158,17 +165,14 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
         self.maintenance.snapshot_running = true;
         self.maintenance.bytes_since_snapshot = 0;
-        let delta = self.queue.snapshot();
-        let dirty = delta
-            .dirty
+        let SnapshotDelta { dirty, removed } = self.queue.snapshot();
+        let chunks = dirty.iter().map(|(id, _)| id).chain(&removed);
+        self.maintenance.snapshot_chunks = chunks.copied().collect();
+        let dirty = dirty
             .into_iter()
-            .map(|(id, bytes)| (millpond_wal::ChunkId(id), bytes))
+            .map(|(id, bytes)| (ChunkId(id), bytes))
             .collect();
-        let removed = delta
-            .removed
-            .into_iter()
-            .map(millpond_wal::ChunkId)
-            .collect();
+        let removed = removed.into_iter().map(ChunkId).collect();
         let index = self.log.durable();
         let job = self.log.snapshot_job(index, dirty, removed)?;
         out.jobs.push(Job::Snapshot(job));

@@ -53,8 +53,12 @@ pub enum Failure {
     Config(#[from] millpond_broker::ConfigError),
     #[error(transparent)]
     Broker(#[from] millpond_broker::BrokerError),
-    #[error("{0}")]
-    Damage(String),
+    #[error("{count} things are damaged; see above")]
+    Damage { count: usize },
+    #[error(transparent)]
+    Folder(#[from] millpond_wal::storage::FolderError),
+    #[error(transparent)]
+    Log(#[from] millpond_wal::OpenError),
     #[error("interrupted")]
     Stopped(Stop),
 }
@@ -69,7 +73,7 @@ impl Failure {
             Self::Policy(_) | Self::StreamMode | Self::Client(Error::InvalidUrl { .. }) => USAGE,
             Self::Stdout(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             Self::Partial { .. } => PARTIAL,
-            Self::Damage(_) => DAMAGE,
+            Self::Damage { .. } => DAMAGE,
             Self::Stopped(stop) => stop.exit_code(),
             _ => FAILED,
         }
@@ -117,7 +121,7 @@ impl Failure {
             Self::Client(error) => json!(error.class()),
             Self::NoCa(_) => json!("connect"),
             Self::Policy(_) | Self::StreamMode => json!("usage"),
-            Self::Damage(_) => json!("corrupt"),
+            Self::Damage { .. } => json!("corrupt"),
             Self::Stopped(_) => json!("interrupted"),
             Self::Message(_) | Self::LineTooLong { .. } | Self::NoSuchLetter(_) => {
                 json!(ErrorClass::RequestFatal)

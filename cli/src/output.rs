@@ -92,6 +92,14 @@ pub fn facts(facts: &[(&str, String)]) -> Result<(), Failure> {
     line(lines.join("\n"))
 }
 
+/// Bytes in hexadecimal, for ids.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    let digit = |nibble: u8| char::from_digit(u32::from(nibble), 16).unwrap_or_default();
+    let digits = |byte: &u8| [digit(byte >> 4), digit(byte & 0xf)];
+    bytes.iter().flat_map(digits).collect()
+}
+
 fn render(columns: &[Column], rows: impl IntoIterator<Item = Vec<String>>) -> Option<String> {
     let mut table = Table::new();
     table
@@ -125,6 +133,11 @@ const WIDTH: u16 = 100;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_id_is_told_in_hexadecimal() {
+        assert_eq!(hex(&[0, 0x0f, 0xff]), "000fff");
+    }
 
     #[test]
     fn a_table_fits_its_width_whatever_is_in_it() {

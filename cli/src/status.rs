@@ -1,7 +1,5 @@
 //! `millpond status`: how the broker, its topics and its subscriptions are.
 
-use std::fmt::Write;
-
 use millpond_client::Client;
 use millpond_protocol::control::StatusView;
 use serde_json::{Value, json};
@@ -24,7 +22,7 @@ pub async fn run(client: &Client, format: Format) -> Result<(), Failure> {
 fn to_json(view: &StatusView) -> Value {
     json!({
         "version": view.broker_version,
-        "store_id": hex(&view.store_id),
+        "store_id": output::hex(&view.store_id),
         "recovery_epoch": view.recovery_epoch,
         "ready": view.ready,
         "remarks": view.remarks,
@@ -41,14 +39,6 @@ fn to_json(view: &StatusView) -> Value {
         "disk": {"free": view.disk_free, "total": view.disk_total},
         "topics": view.topics.iter().map(topic::to_json).collect::<Value>(),
         "subscriptions": view.subscriptions.iter().map(subscription::to_json).collect::<Value>(),
-    })
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string cannot fail.
-        let _ = write!(text, "{byte:02x}");
-        text
     })
 }
 
@@ -85,7 +75,11 @@ fn facts(view: &StatusView) -> [(&'static str, String); 7] {
         ),
         (
             "store",
-            format!("{}, epoch {}", hex(&view.store_id), view.recovery_epoch),
+            format!(
+                "{}, epoch {}",
+                output::hex(&view.store_id),
+                view.recovery_epoch
+            ),
         ),
         ("connections", view.connections.to_string()),
         (
@@ -114,14 +108,4 @@ fn facts(view: &StatusView) -> [(&'static str, String); 7] {
 
 fn share(used: u64, budget: u64) -> String {
     format!("{} of {}", size::format(used), size::format(budget))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_store_id_is_told_in_hexadecimal() {
-        assert_eq!(hex(&[0, 0x0f, 0xff]), "000fff");
-    }
 }

@@ -1,0 +1,208 @@
+//! What a queue subscription remembers of messages that were handed out and came back.
+//!
+//! Exact and durable: counters, absolute due time, history. Invariants: an entry waits if and only if
+//! it has a due time, and then it is in exactly one of `due` and `alone`; an entry without one is
+//! leased. `bytes` is the cost of all entries.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+
+use millpond_protocol::limits::HISTORY_MAX;
+use millpond_protocol::{SessionId, Stamp};
+
+use crate::effect::Place;
+use crate::record::{FailureKind, HistoryItem};
+use crate::state::topic::Extra;
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retry {
+    pub failures: u32,
+    /// Hand-outs of any kind since it entered the subscription or was redriven.
+    pub deliveries: u32,
+    pub releases: u32,
+    pub redrives: u32,
+    /// The delivery number of the last lease.
+    pub delivery: u32,
+    /// Whose it was.
+    pub session: SessionId,
+    /// The last lease was ended by its own session's settlement.
+    pub answered: bool,
+    /// Begun beside others in a session that was lost: to be delivered alone.
+    pub suspect: bool,
+    /// Charged with the loss of a session: its last attempt is to be delivered alone.
+    pub lost: bool,
+    /// When it may be handed out again; `None`: it is leased.
+    pub due: Option<Stamp>,
+    pub first_attempt_at: Option<Stamp>,
+    /// The record of the last failure.
+    pub place: Option<Place>,
+    /// What the message has of its own, kept here once it was redriven.
+    pub own: Option<Extra>,
+    /// The last failures, oldest first.
+    pub history: VecDeque<Failure>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub at: Stamp,
+    pub duration_ms: u64,
+    pub consumer: Arc<str>,
+    pub kind: FailureKind,
+    pub code: u32,
+}
+
+impl Retry {
+    /// A message's first hand-out.
+    pub fn first(session: SessionId, delivery: u32) -> Self {
+        Self {
+            deliveries: 1,
+            delivery,
+            session,
+            ..Self::default()
+        }
+    }
+
+    pub fn remember(&mut self, failure: Failure) {
+        if self.history.len() == HISTORY_MAX {
+            self.history.pop_front();
+        }
+        self.history.push_back(failure);
+    }
+
+    pub fn history_items(&self) -> Vec<HistoryItem> {
+        let item = |failure: &Failure| HistoryItem {
+            at: failure.at,
+            duration_ms: failure.duration_ms,
+            consumer: failure.consumer.to_string(),
+            outcome: failure.kind,
+            code: failure.code,
+        };
+        self.history.iter().map(item).collect()
+    }
+
+    /// Whether its next hand-out is to be the only one of its session.
+    pub fn is_alone(&self, max_attempts: u32) -> bool {
+        self.suspect || (self.lost && self.failures + 1 >= max_attempts)
+    }
+
+    fn bytes(&self) -> u64 {
+        (size_of::<Self>() + 64 + self.history.capacity() * size_of::<Failure>()) as u64
+    }
+}
+
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Retries {
+    entries: BTreeMap<u64, Retry>,
+    due: BTreeSet<(Stamp, u64)>,
+    alone: BTreeSet<(Stamp, u64)>,
+    bytes: u64,
+}
+
+impl Retries {
+    pub fn get(&self, offset: u64) -> Option<&Retry> {
+        self.entries.get(&offset)
+    }
+
+    pub fn contains(&self, offset: u64) -> bool {
+        self.entries.contains_key(&offset)
+    }
+
+    /// The first entry within `first..end`.
+    pub fn next_in(&self, first: u64, end: u64) -> Option<u64> {
+        self.entries.range(first..end).next().map(|(at, _)| *at)
+    }
+
+    /// Puts an entry there; the one before must have been taken out.
+    pub fn put(&mut self, offset: u64, retry: Retry, max_attempts: u32) {
+        self.bytes += retry.bytes();
+        if let Some(due) = retry.due {
+            if retry.is_alone(max_attempts) {
+                self.alone.insert((due, offset));
+            } else {
+                self.due.insert((due, offset));
+            }
+        }
+        let before = self.entries.insert(offset, retry);
+        debug_assert!(before.is_none(), "entries are taken out before they change");
+    }
+
+    pub fn take(&mut self, offset: u64) -> Option<Retry> {
+        let retry = self.entries.remove(&offset)?;
+        self.bytes -= retry.bytes();
+        if let Some(due) = retry.due
+            && !self.due.remove(&(due, offset))
+        {
+            self.alone.remove(&(due, offset));
+        }
+        Some(retry)
+    }
+
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (u64, &Retry)> {
+        self.entries.iter().map(|(offset, retry)| (*offset, retry))
+    }
+
+    /// Entries of `first..end`.
+    pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, &Retry)> {
+        self.entries
+            .range(first..end)
+            .map(|(offset, retry)| (*offset, retry))
+    }
+
+    /// Waiting entries that may go to any session, by (due, offset).
+    pub fn due(&self) -> &BTreeSet<(Stamp, u64)> {
+        &self.due
+    }
+
+    /// Waiting entries that go to a session that holds nothing else.
+    pub fn alone(&self) -> &BTreeSet<(Stamp, u64)> {
+        &self.alone
+    }
+
+    /// Entries that wait.
+    pub fn waiting(&self) -> u64 {
+        (self.due.len() + self.alone.len()) as u64
+    }
+
+    /// Entries that are due.
+    pub fn ready(&self, now: Stamp) -> u64 {
+        let until = ..=(now, u64::MAX);
+        (self.due.range(until).count() + self.alone.range(until).count()) as u64
+    }
+
+    /// The earliest due time after `now`.
+    pub fn next_due(&self, now: Stamp) -> Option<Stamp> {
+        let from = (now.next(), 0)..;
+        let due = self.due.range(from.clone()).next();
+        let alone = self.alone.range(from).next();
+        due.into_iter().chain(alone).map(|(due, _)| *due).min()
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn check_invariants(&self) {
+        let mut waiting = 0;
+        for (offset, retry) in &self.entries {
+            if let Some(due) = retry.due {
+                let at = (due, *offset);
+                assert!(
+                    self.due.contains(&at) != self.alone.contains(&at),
+                    "a waiting entry stands in one order"
+                );
+                waiting += 1;
+            }
+        }
+        assert_eq!(
+            waiting,
+            self.waiting(),
+            "only waiting entries stand in an order"
+        );
+        let bytes: u64 = self.entries.values().map(Retry::bytes).sum();
+        assert_eq!(bytes, self.bytes, "retry state is counted");
+    }
+}

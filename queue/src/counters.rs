@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use millpond_protocol::control::DeadReason;
+use millpond_protocol::Stamp;
+use millpond_protocol::control::{DeadReason, LostReason};
 
 use crate::record::FailureKind;
 
@@ -41,3 +42,35 @@ pub struct Counters {
 pub const LATE_BUCKETS_MS: [u64; 8] = [1, 2, 5, 10, 20, 50, 100, 1_000];
 /// Most pairs of kind and code in `Counters::failures`.
 pub const FAILURE_CODES_MAX: usize = 1_000;
+
+impl Counters {
+    pub(crate) fn failed(&mut self, kind: FailureKind, code: u32) {
+        let is_full = self.failures.len() >= FAILURE_CODES_MAX;
+        let code = match self.failures.contains_key(&(kind, code)) || !is_full {
+            true => code,
+            false => u32::MAX,
+        };
+        *self.failures.entry((kind, code)).or_default() += 1;
+    }
+
+    pub(crate) fn lost(&mut self, reason: LostReason, count: u64) {
+        let reason = match reason {
+            LostReason::LeaseExpired => "lease_expired",
+            LostReason::ProcessingTimeout => "processing_timeout",
+            LostReason::HoldMax => "hold_max",
+            LostReason::Seek => "seek",
+            LostReason::Purged => "purged",
+            LostReason::Deleted => "deleted",
+            LostReason::Expired => "expired",
+            LostReason::Draining => "draining",
+        };
+        *self.leases_lost.entry(reason).or_default() += count;
+    }
+
+    pub(crate) fn redelivered(&mut self, due: Stamp, now: Stamp) {
+        let late_us = now.0.saturating_sub(due.0);
+        let bucket = LATE_BUCKETS_MS.iter().position(|ms| late_us <= ms * 1_000);
+        self.redelivery_late[bucket.unwrap_or(LATE_BUCKETS_MS.len())] += 1;
+        self.redelivery_late_us = self.redelivery_late_us.saturating_add(late_us);
+    }
+}

@@ -10,11 +10,15 @@
 //! begin marks, renewals, deadlines, the read-ahead of streams, and the overlay of proposals that
 //! have not been applied yet.
 
+mod apply;
 mod counters;
+mod dispatch;
 mod effect;
 mod limits;
+mod policy;
 mod queue;
 mod record;
+mod state;
 mod upkeep;
 mod view;
 
@@ -30,4 +34,8 @@ pub use record::{
     PUBLISH_FIXED_BYTES, Record, RecordError, SettleEntry, StartPosition, Story, kind,
     publish_header,
 };
-pub use view::{DeadPage, Letter};
+pub use state::dead_letter::Letter;
+pub use view::DeadPage;
+
+#[cfg(test)]
+mod tests;

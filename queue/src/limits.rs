@@ -26,3 +26,27 @@ impl Default for Options {
 pub const SESSION_GRACE_MS: u64 = 10_000;
 /// How long an idle producer's state is kept, in milliseconds (7 days).
 pub const PRODUCER_IDLE_MS: u64 = 7 * 24 * 3_600 * 1_000;
+/// Most topics, dead-letter topics included.
+pub const TOPICS_MAX: usize = 100_000;
+/// Most subscriptions over all topics.
+pub const SUBSCRIPTIONS_MAX: usize = 100_000;
+/// Most sessions of one subscription.
+pub const SESSIONS_MAX: usize = 10_000;
+/// Timers that one `dispatch` looks at.
+pub(crate) const RINGS_MAX: usize = 256;
+/// Messages that a subscription may hand out before the next one has its turn.
+pub(crate) const QUANTUM: usize = 1_024;
+/// Most messages in one hand-out to one session.
+pub(crate) const HANDOUT_MAX: u64 = 1_024;
+/// Offsets that one hand-out looks at to find new messages among finished and delayed ones.
+pub(crate) const SCAN_MAX: u64 = 65_536;
+/// Most messages that one record expires or files.
+pub(crate) const EXPIRE_MAX: u64 = 1_024;
+/// Most letters in one step of a redrive.
+pub(crate) const REDRIVE_STEP_MAX: usize = 256;
+/// Most letters that one step looks at.
+pub(crate) const REDRIVE_SCAN_MAX: usize = 4_096;
+
+const _: () = assert!(HANDOUT_MAX <= millpond_protocol::limits::DELIVER_MESSAGES_MAX as u64);
+/// Letters that one page of a listing looks at.
+pub(crate) const DEAD_SCAN_MAX: usize = 10_000;

@@ -1,21 +1,72 @@
 //! The state machine: one record in, one outcome out.
+//!
+//! Owns the whole state and the table of what each kind of record does; the doing is in `apply/`,
+//! proposing is in `dispatch/`. Invariant: `apply` reads nothing volatile when it decides.
 
-use bytes::Bytes;
-use millpond_protocol::control::{LeaseName, MessageState};
-use millpond_protocol::hot::ConsumerCredit;
-use millpond_protocol::{ErrorCode, SessionId, Stamp};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use millpond_protocol::{SessionId, Stamp, SubscriptionId, TopicId};
 
 use crate::counters::Counters;
-use crate::effect::{Attached, Effect, Outcome, Place, Proposal, RestoreError, SnapshotDelta};
+use crate::dispatch::timers::Timers;
+use crate::effect::{Effect, Outcome, Place};
 use crate::limits::Options;
-use crate::record::{Record, SettleEntry};
+use crate::record::Record;
+use crate::state::dead_letter::Pins;
+use crate::state::dedup::Producers;
+use crate::state::dirty::Dirty;
+use crate::state::redrive::Jobs;
+use crate::state::session::Session;
+use crate::state::subscription::Subscription;
+use crate::state::token::Tokens;
+use crate::state::topic::Topic;
 
 /// Everything the broker knows of topics, subscriptions, producers and sessions.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Queue {
-    options: Options,
-    last: Stamp,
-    counters: Counters,
+    pub(crate) options: Options,
+    /// The stamp of the last record.
+    pub(crate) last: Stamp,
+    pub(crate) recovery_epoch: u32,
+    pub(crate) next_topic: u32,
+    pub(crate) next_subscription: u32,
+    pub(crate) next_producer: u64,
+    pub(crate) topics: BTreeMap<TopicId, Topic>,
+    pub(crate) topic_names: BTreeMap<Arc<str>, TopicId>,
+    pub(crate) subscriptions: BTreeMap<SubscriptionId, Subscription>,
+    pub(crate) sessions: BTreeMap<SessionId, Session>,
+    pub(crate) producers: Producers,
+    pub(crate) jobs: Jobs,
+    pub(crate) tokens: Tokens,
+    /// Follows from letters, aliases and retries.
+    pub(crate) pins: Pins,
+    /// Topics by the time at which their next delayed message is due; follows from them.
+    pub(crate) delay_heads: BTreeSet<(Stamp, TopicId)>,
+    /// Topics whose finished messages may go, within one `apply`.
+    pub(crate) finished: BTreeSet<TopicId>,
+    pub(crate) dirty: Dirty,
+    pub(crate) work: Work,
+    pub(crate) counters: Counters,
+}
+
+/// What dispatch goes by. Volatile.
+#[derive(Debug, Default)]
+pub(crate) struct Work {
+    /// Subscriptions that may have something to hand out.
+    pub hot: BTreeSet<SubscriptionId>,
+    /// The one served last.
+    pub served: SubscriptionId,
+    pub timers: Timers,
+    pub draining: bool,
+    pub hold: Option<&'static str>,
+}
+
+/// Where and when a record stands.
+#[derive(Copy, Clone, Debug)]
+pub(crate) struct At {
+    pub place: Place,
+    pub stamp: Stamp,
 }
 
 impl Queue {
@@ -24,101 +75,166 @@ impl Queue {
     pub fn new(options: Options) -> Self {
         Self {
             options,
-            last: Stamp(0),
-            counters: Counters::default(),
+            next_topic: 1,
+            next_subscription: 1,
+            next_producer: 1,
+            ..Self::default()
         }
-    }
-
-    /// The state that a full snapshot holds: the latest bytes of every chunk, in any order.
-    pub fn restore(
-        options: Options,
-        _chunks: impl Iterator<Item = (u64, Bytes)>,
-    ) -> Result<Self, RestoreError> {
-        let _ = Self::new(options);
-        Err(RestoreError::NoHeader)
     }
 
     /// Decides. `out` gets effects on others than the asker. Asserts that stamps rise.
     pub fn apply(
         &mut self,
-        _place: Place,
+        place: Place,
         stamp: Stamp,
-        _record: &Record<'_>,
-        _out: &mut Vec<Effect>,
+        record: &Record<'_>,
+        out: &mut Vec<Effect>,
     ) -> Outcome {
         assert!(stamp > self.last, "stamps rise strictly");
         self.last = stamp;
-        Outcome::error(ErrorCode::Recovering, "this record is not understood yet")
+        self.mature(stamp);
+        let outcome = self.apply_record(At { place, stamp }, record, out);
+        self.trim_finished();
+        outcome
     }
 
-    /// Proposes what there is to do now: hand-outs of about `budget` messages, expiries, trims.
-    /// True: there is more to do at once.
-    pub fn dispatch(&mut self, _now: Stamp, _budget: usize, _out: &mut Vec<Proposal>) -> bool {
-        false
+    fn apply_record(&mut self, at: At, record: &Record<'_>, out: &mut Vec<Effect>) -> Outcome {
+        match record {
+            Record::Publish {
+                topic,
+                producer,
+                epoch,
+                previous,
+                count,
+                messages,
+            } => self.publish(at, (*topic, *producer, *epoch), *previous, *count, messages),
+            Record::Lease {
+                subscription,
+                session,
+                ranges,
+            } => self.lease(at, *subscription, *session, ranges, out),
+            Record::Settle {
+                subscription,
+                session,
+                acks,
+                items,
+            } => self.settle(at, *subscription, *session, acks, items),
+            Record::Commit {
+                subscription,
+                session,
+                next,
+            } => self.commit(*subscription, *session, *next),
+            Record::Expire(expired) => self.expire(at, expired, out),
+            Record::Start { recovery_epoch } => self.start(at, *recovery_epoch),
+            Record::TopicCreate { name, config } => self.topic_create(at, name, config),
+            Record::TopicUpdate { topic, patch } => self.topic_update(at, *topic, patch),
+            Record::TopicPurge { topic } => self.topic_purge(at, *topic, out),
+            Record::TopicDelete { topic } => self.topic_delete(*topic, out),
+            Record::SubscriptionCreate {
+                topic,
+                name,
+                config,
+                start,
+            } => self.subscription_create(at, *topic, name, config, *start),
+            Record::SubscriptionUpdate {
+                subscription,
+                patch,
+            } => self.subscription_update(at, *subscription, patch),
+            Record::SubscriptionPause { subscription } => self.pause(*subscription, true),
+            Record::SubscriptionResume { subscription } => self.pause(*subscription, false),
+            Record::SubscriptionSeek { subscription, to } => self.seek(*subscription, *to, out),
+            Record::SubscriptionDelete { subscription } => {
+                self.subscription_delete(*subscription, out)
+            }
+            Record::OpenProducer {
+                topic,
+                producer_id,
+                resume,
+                owner,
+            } => self.open_producer(at, *topic, *producer_id, *resume, *owner, out),
+            Record::CloseProducer { producer, epoch } => self.close_producer(*producer, *epoch),
+            Record::SessionOpen {
+                subscription,
+                session,
+                token,
+                consumer_name,
+            } => self.session_open(at, *subscription, *session, *token, consumer_name),
+            Record::SessionEnd {
+                session,
+                clean,
+                begun,
+                story,
+            } => self.session_end(at, *session, *clean, begun, story.as_ref(), out),
+            Record::Trim { topic, first } => self.trim_record(at, *topic, *first, out),
+            Record::Redrive {
+                topic,
+                source_topic,
+                subscription,
+                filter,
+                rate_per_s,
+                target,
+            } => self.redrive(
+                at,
+                *topic,
+                (source_topic, subscription),
+                filter,
+                *rate_per_s,
+                *target,
+            ),
+            Record::RedriveStep { job, letters, next } => {
+                self.redrive_step(at, *job, letters, *next, out)
+            }
+            Record::RedriveCancel { job } => self.redrive_cancel(*job),
+            Record::DeadPurge {
+                topic,
+                source_topic,
+                subscription,
+                filter,
+            } => self.dead_purge(*topic, (source_topic, subscription), filter, out),
+            Record::TokenAdd { name, hash } => self.token_add(at, name, hash),
+            Record::TokenRevoke { name } => self.token_revoke(name),
+            Record::Skip { .. } => Outcome::Done,
+            Record::Damaged { topic, ranges } => self.damaged(at, *topic, ranges, out),
+        }
     }
-
-    /// When `dispatch` has something to do by time alone; never earlier than needed for anything
-    /// that is durable, maybe earlier than something is really due.
-    #[must_use]
-    pub fn next_wakeup(&self, _now: Stamp) -> Option<Stamp> {
-        None
-    }
-
-    /// Fills `begun_at` and `history` before a settlement is encoded.
-    pub fn enrich(&self, _session: SessionId, _items: &mut [SettleEntry]) {}
-
-    /// Cumulative since the session was attached. The first `begun` deliveries of this attachment
-    /// are begun from now on. Counts as a renewal.
-    pub fn credit(&mut self, _session: SessionId, _credit: ConsumerCredit, _now: Stamp) {}
-
-    /// What the broker has really sent of the hand-outs: messages and their bytes. Hand-outs are
-    /// reckoned at the topic's average size until then.
-    pub fn sent(&mut self, _session: SessionId, _messages: u64, _bytes: u64) {}
-
-    /// The consumer is alive.
-    pub fn renew(&mut self, _session: SessionId, _now: Stamp) {}
-
-    /// The processing clock of one lease starts again.
-    pub fn extend(
-        &mut self,
-        _session: SessionId,
-        _lease: LeaseName,
-        _now: Stamp,
-    ) -> Result<(), (ErrorCode, MessageState)> {
-        Err((ErrorCode::LeaseLost, MessageState::Gone))
-    }
-
-    /// A session comes back with its token. Counters of credit and begun deliveries start at 0 for
-    /// the new attachment; what was begun stays begun.
-    pub fn attach(&mut self, _session: SessionId, _token: u64, _now: Stamp) -> Option<Attached> {
-        None
-    }
-
-    /// The connection broke without a close: the session has `SESSION_GRACE_MS` to come back.
-    pub fn detach(&mut self, _session: SessionId, _now: Stamp) {}
-
-    /// Graceful shutdown: no new leases from now on.
-    pub fn drain(&mut self) {}
-
-    /// No new leases while there is a reason, e.g. the disk's reserve is gone.
-    pub fn hold_leases(&mut self, _reason: Option<&'static str>) {}
 
     #[must_use]
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
 
-    /// An estimate of the bytes that the state takes, by what takes them.
+    /// An estimate of the bytes that the state takes.
     #[must_use]
     pub fn memory_bytes(&self) -> u64 {
-        std::mem::size_of_val(&self.options) as u64
+        let topics: u64 = self.topics.values().map(Topic::memory_bytes).sum();
+        let subscriptions = self.subscriptions.values().map(Subscription::memory_bytes);
+        let subscriptions: u64 = subscriptions.sum();
+        let sessions = self
+            .sessions
+            .values()
+            .map(Session::memory_bytes)
+            .sum::<u64>();
+        topics + subscriptions + sessions + self.producers.bytes() + self.pins.memory_bytes()
     }
 
-    /// Chunks that changed since the last call; all of them the first time.
-    pub fn snapshot(&mut self) -> SnapshotDelta {
-        SnapshotDelta::default()
+    /// There may be something to hand out.
+    pub(crate) fn wake(&mut self, subscription: SubscriptionId) {
+        self.work.hot.insert(subscription);
     }
 
-    /// Asserts what must always hold.
-    pub fn check_invariants(&self) {}
+    /// The same for every subscription of a topic that has consumers.
+    pub(crate) fn wake_topic(&mut self, topic: TopicId) {
+        let Some(topic) = self.topics.get(&topic) else {
+            return;
+        };
+        for id in topic.subscriptions.values() {
+            if self
+                .subscriptions
+                .get(id)
+                .is_some_and(|sub| !sub.sessions.is_empty())
+            {
+                self.work.hot.insert(*id);
+            }
+        }
+    }
 }

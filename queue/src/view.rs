@@ -1,35 +1,15 @@
-//! Reading the state: what people and metrics see.
+//! Reading the state: what people and metrics see, and what cleaning must leave.
 
-use std::sync::Arc;
-
-use millpond_protocol::control::{DeadReason, RedriveView, SubscriptionView, TokenView, TopicView};
+use millpond_protocol::control::{RedriveView, SubscriptionView, TokenView, TopicView};
 use millpond_protocol::{Offset, Stamp, SubscriptionId, TopicId};
+use std::ops::Bound;
 
 use crate::effect::Place;
+use crate::limits::DEAD_SCAN_MAX;
 use crate::queue::Queue;
-
-/// A message in a dead-letter topic. Error text, code, consumer and history stand in the record at
-/// `place`; the message's bytes at `body`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Letter {
-    /// The message in the topic in which it failed.
-    pub source: TopicId,
-    pub source_offset: Offset,
-    pub source_topic: Arc<str>,
-    pub subscription: Arc<str>,
-    pub subscription_id: SubscriptionId,
-    /// The topic and offset under which the message was published.
-    pub body: (TopicId, Offset),
-    pub reason: DeadReason,
-    /// The record of the last failing settlement, or of what made it dead if it never failed.
-    pub place: Place,
-    pub failures: u32,
-    pub deliveries: u32,
-    pub releases: u32,
-    pub redrives: u32,
-    pub first_attempt_at: Option<Stamp>,
-    pub dead_at: Stamp,
-}
+use crate::state::dead_letter::Letter;
+use crate::state::subscription::Subscription;
+use crate::state::topic::Topic;
 
 /// A page of letters, oldest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -42,100 +22,244 @@ pub struct DeadPage {
 
 impl Queue {
     #[must_use]
-    pub fn topic_id(&self, _name: &str) -> Option<TopicId> {
-        None
+    pub fn topic_id(&self, name: &str) -> Option<TopicId> {
+        self.topic_names.get(name).copied()
     }
 
     #[must_use]
-    pub fn topic_view(&self, _topic: TopicId) -> Option<TopicView> {
-        None
+    pub fn topic_view(&self, topic: TopicId) -> Option<TopicView> {
+        let topic = self.topics.get(&topic)?;
+        let is_dead = topic.is_dead_letter || !topic.letters.is_empty();
+        Some(TopicView {
+            name: topic.name.to_string(),
+            id: topic.id,
+            config: topic.config.clone(),
+            first: Offset(topic.first),
+            next: Offset(topic.next),
+            bytes: topic.bytes(),
+            delayed: topic.delays.len(),
+            subscriptions: topic.subscriptions.len() as u32,
+            created_at: topic.created_at,
+            dead_letters: is_dead.then_some(topic.letters.len() as u64),
+        })
     }
 
     /// Topics by name, after this one.
     #[must_use]
-    pub fn topics(&self, _after: Option<&str>, _limit: usize) -> Vec<TopicView> {
-        Vec::new()
+    pub fn topics(&self, after: Option<&str>, limit: usize) -> Vec<TopicView> {
+        let after = after.map_or(Bound::Unbounded, Bound::Excluded);
+        let ids = self.topic_names.range::<str, _>((after, Bound::Unbounded));
+        ids.take(limit)
+            .filter_map(|(_, id)| self.topic_view(*id))
+            .collect()
     }
 
     #[must_use]
-    pub fn subscription_id(&self, _topic: TopicId, _name: &str) -> Option<SubscriptionId> {
-        None
+    pub fn subscription_id(&self, topic: TopicId, name: &str) -> Option<SubscriptionId> {
+        self.topics.get(&topic)?.subscriptions.get(name).copied()
     }
 
     #[must_use]
-    pub fn subscription_view(&self, _id: SubscriptionId, _now: Stamp) -> Option<SubscriptionView> {
-        None
+    pub fn subscription_view(&self, id: SubscriptionId, now: Stamp) -> Option<SubscriptionView> {
+        let sub = self.subscriptions.get(&id)?;
+        let topic = self.topics.get(&sub.topic)?;
+        let dead_letter = sub.dead_topic.and_then(|dead| self.topics.get(&dead));
+        let backlog = sub.backlog(topic.next);
+        let in_flight = sub.leases.count();
+        let due = sub.retries.ready(now);
+        let delayed = if sub.is_queue() {
+            topic.delays.len()
+        } else {
+            0
+        };
+        let scheduled = (sub.retries.waiting() - due + delayed).min(backlog - in_flight);
+        let ready = backlog - in_flight - scheduled;
+        Some(SubscriptionView {
+            topic: topic.name.to_string(),
+            name: sub.name.to_string(),
+            id,
+            config: sub.config.clone(),
+            dead_letter: dead_letter
+                .map(|dead| dead.name.to_string())
+                .unwrap_or_default(),
+            paused: sub.paused,
+            floor: sub.position(),
+            backlog,
+            ready,
+            in_flight,
+            scheduled,
+            dead: sub.dead.len() as u64 + sub.parked.len(),
+            consumers: sub.sessions.len() as u32,
+            oldest_ready_ms: (ready > 0).then(|| oldest_ready_ms(sub, topic, now)),
+            next_due: [sub.retries.next_due(now), topic.delays.next_due(now)]
+                .into_iter()
+                .flatten()
+                .min(),
+            pinned_bytes: self.pinned_bytes(sub, topic),
+            stalled: self.stalled(sub, ready),
+        })
     }
 
     /// A topic's subscriptions by name.
     #[must_use]
-    pub fn subscriptions(&self, _topic: TopicId, _now: Stamp) -> Vec<SubscriptionView> {
-        Vec::new()
+    pub fn subscriptions(&self, topic: TopicId, now: Stamp) -> Vec<SubscriptionView> {
+        let Some(topic) = self.topics.get(&topic) else {
+            return Vec::new();
+        };
+        let ids = topic.subscriptions.values();
+        ids.filter_map(|id| self.subscription_view(*id, now))
+            .collect()
     }
 
     /// The dead-letter topic that has the letters of this subscription, which may be deleted.
     #[must_use]
-    pub fn dead_topic(&self, _topic: &str, _subscription: &str) -> Option<TopicId> {
-        None
+    pub fn dead_topic(&self, topic: &str, subscription: &str) -> Option<TopicId> {
+        let id = self.topic_id(topic);
+        let id = id.and_then(|topic| self.subscription_id(topic, subscription));
+        match id.and_then(|id| self.subscriptions.get(&id)) {
+            Some(sub) => sub.dead_topic,
+            None => {
+                let name = millpond_protocol::name::default_dead_letter(topic, subscription);
+                self.topic_id(&name)
+            }
+        }
     }
 
-    /// Letters of (topic, subscription) in a dead-letter topic, from this offset on.
+    /// Letters of (topic, subscription) in a dead-letter topic, from this offset on. A page may be
+    /// short or empty and have `more` behind it.
     #[must_use]
     pub fn dead_letters(
         &self,
-        _dead: TopicId,
-        _topic: &str,
-        _subscription: &str,
-        _from: Offset,
-        _limit: usize,
+        dead: TopicId,
+        topic: &str,
+        subscription: &str,
+        from: Offset,
+        limit: usize,
     ) -> DeadPage {
-        DeadPage::default()
+        let mut page = DeadPage {
+            next: from,
+            ..DeadPage::default()
+        };
+        let Some(dead) = self.topics.get(&dead) else {
+            return page;
+        };
+        for (looked, (offset, letter)) in dead.letters.range(from.0..).enumerate() {
+            if page.letters.len() == limit || looked == DEAD_SCAN_MAX {
+                page.next = Offset(*offset);
+                page.more = true;
+                return page;
+            }
+            if letter.is_of(topic, subscription) {
+                page.letters.push((Offset(*offset), letter.clone()));
+            }
+        }
+        page.next = Offset(dead.next).max(from);
+        page
     }
 
     /// The letter at this place of a dead-letter topic.
     #[must_use]
-    pub fn letter(&self, _topic: TopicId, _offset: Offset) -> Option<&Letter> {
-        None
-    }
-
-    /// Under which topic and offset the bytes of this message were published: elsewhere for dead
-    /// letters and for messages redriven to their topic.
-    #[must_use]
-    pub fn body_of(&self, topic: TopicId, offset: Offset) -> (TopicId, Offset) {
-        (topic, offset)
+    pub fn letter(&self, topic: TopicId, offset: Offset) -> Option<&Letter> {
+        self.topics.get(&topic)?.letters.get(&offset.0)
     }
 
     #[must_use]
-    pub fn redrive_view(&self, _job: u64) -> Option<RedriveView> {
-        None
+    pub fn redrive_view(&self, job: u64) -> Option<RedriveView> {
+        Some(self.jobs.all.get(&job)?.view(job))
     }
 
     #[must_use]
     pub fn tokens(&self) -> Vec<TokenView> {
-        Vec::new()
+        let tokens = self.tokens.by_name.iter();
+        let view = |(name, token): (&String, &crate::state::token::Token)| TokenView {
+            name: name.clone(),
+            created_at: token.created_at,
+        };
+        tokens.map(view).collect()
     }
 
-    /// The name of the token with this hash.
+    /// The name of the token with this hash. Compares every one, whole.
     #[must_use]
-    pub fn token_by_hash(&self, _hash: &[u8; 32]) -> Option<&str> {
-        None
+    pub fn token_by_hash(&self, hash: &[u8; 32]) -> Option<&str> {
+        let differs = |other: &[u8; 32]| {
+            let pairs = hash.iter().zip(other);
+            pairs.fold(0, |seen, (a, b)| seen | (a ^ b))
+        };
+        let mut found = None;
+        for (name, token) in &self.tokens.by_name {
+            if differs(&token.hash) == 0 {
+                found = Some(name.as_str());
+            }
+        }
+        found
     }
 
     /// Whether the message published there may still be read by somebody.
     #[must_use]
-    pub fn is_live(&self, _topic: TopicId, _offset: Offset) -> bool {
-        true
+    pub fn is_live(&self, topic: TopicId, offset: Offset) -> bool {
+        let kept = self.topics.get(&topic);
+        kept.is_some_and(|kept| offset.0 >= kept.first) || self.pins.has_body((topic, offset))
     }
 
-    /// The earliest offset kept.
+    /// The earliest offset kept. Earlier ones may be live as dead letters, see `is_live`.
     #[must_use]
-    pub fn first_kept(&self, _topic: TopicId) -> Offset {
-        Offset(0)
+    pub fn first_kept(&self, topic: TopicId) -> Offset {
+        Offset(
+            self.topics
+                .get(&topic)
+                .map_or(u64::MAX, |topic| topic.first),
+        )
     }
 
     /// Whether a dead letter or a waiting retry tells its story by the record at this place.
     #[must_use]
-    pub fn record_is_pinned(&self, _place: Place) -> bool {
-        true
+    pub fn record_is_pinned(&self, place: Place) -> bool {
+        self.pins.has_record(place)
     }
+
+    /// Bytes that would go if this subscription had finished everything.
+    fn pinned_bytes(&self, sub: &Subscription, topic: &Topic) -> u64 {
+        let others = topic.subscriptions.values().filter(|id| **id != sub.id);
+        let others = others.filter_map(|id| self.subscriptions.get(id));
+        let kept = others.map(Subscription::keeps).min().unwrap_or(topic.next);
+        let first = sub.keeps().max(topic.first);
+        if first < kept {
+            topic.bytes_between(first, kept)
+        } else {
+            0
+        }
+    }
+
+    fn stalled(&self, sub: &Subscription, ready: u64) -> Option<String> {
+        let reason = if let Some(reason) = self.work.hold {
+            reason
+        } else if self.work.draining {
+            "the broker is shutting down"
+        } else if sub.paused {
+            "the subscription is paused"
+        } else if ready == 0 {
+            return None;
+        } else if sub.sessions.is_empty() {
+            "it has no consumers"
+        } else if sub.leases.count() >= u64::from(sub.config.max_in_flight) {
+            "max_in_flight messages are leased"
+        } else if sub.retries.bytes() >= self.options.retry_bytes_max {
+            "waiting retries take all the memory they may; no new messages until some finish"
+        } else {
+            return None;
+        };
+        Some(reason.to_owned())
+    }
+}
+
+fn oldest_ready_ms(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {
+    let due = [sub.retries.due().first(), sub.retries.alone().first()];
+    let due = due.into_iter().flatten().map(|(due, _)| *due).min();
+    let fresh = sub.again.next_present(0).unwrap_or(sub.cursor);
+    let fresh = topic
+        .index
+        .published_by(fresh)
+        .filter(|_| fresh < topic.next);
+    let oldest = due.into_iter().chain(fresh).min();
+    oldest.map_or(0, |oldest| now.ms_since(oldest))
 }

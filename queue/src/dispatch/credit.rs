@@ -1,0 +1,293 @@
+//! What consumers say between records: credit, begin marks, signs of life, coming and going.
+//! Volatile: none of it is ever logged, and none of it changes what `apply` decides.
+
+use millpond_protocol::control::{LeaseName, MessageState};
+use millpond_protocol::hot::ConsumerCredit;
+use millpond_protocol::{ErrorCode, SessionId, Stamp};
+
+use super::timers::Timer;
+use crate::effect::Attached;
+use crate::limits::SESSION_GRACE_MS;
+use crate::queue::Queue;
+use crate::record::SettleEntry;
+use crate::state::lease::{LeaseRun, Leases};
+use crate::state::session::{Clock, Session};
+
+impl Queue {
+    /// Cumulative since the session was attached. The first `begun` deliveries of this attachment
+    /// are begun from now on. Counts as a renewal.
+    pub fn credit(&mut self, id: SessionId, credit: ConsumerCredit, now: Stamp) {
+        self.renew(id, now);
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        let Some(sub) = self.subscriptions.get_mut(&session.subscription) else {
+            return;
+        };
+        let have = &mut session.live.credit;
+        have.max_messages = have.max_messages.max(credit.credit.max_messages);
+        have.max_bytes = have.max_bytes.max(credit.credit.max_bytes);
+        begin(session, &mut sub.leases, credit.begun, now);
+        if sub.is_queue() {
+            let config = &sub.config;
+            let next = session.next_deadline(config.processing_timeout_ms, config.hold_max_ms);
+            self.work.timers.arm(Timer::Session(id), next);
+        }
+        sub.hand.creditors.insert(id);
+        self.work.hot.insert(session.subscription);
+    }
+
+    /// What the broker has really sent of the hand-outs: messages and their bytes. Hand-outs are
+    /// reckoned at the topic's average size until then.
+    pub fn sent(&mut self, id: SessionId, messages: u64, bytes: u64) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        session.live.sent_messages += messages;
+        session.live.sent_bytes += bytes;
+        if let Some(sub) = self.subscriptions.get_mut(&session.subscription) {
+            sub.hand.creditors.insert(id);
+            self.work.hot.insert(session.subscription);
+        }
+    }
+
+    /// The consumer is alive.
+    pub fn renew(&mut self, id: SessionId, now: Stamp) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        if !session.live.attached {
+            return;
+        }
+        if let Some(sub) = self.subscriptions.get(&session.subscription) {
+            let deadline = now.plus_ms(sub.config.lease_ms);
+            session.live.deadline = session.live.deadline.max(deadline);
+        }
+    }
+
+    /// The processing clock of one lease starts again.
+    pub fn extend(
+        &mut self,
+        id: SessionId,
+        lease: LeaseName,
+        now: Stamp,
+    ) -> Result<(), (ErrorCode, MessageState)> {
+        self.renew(id, now);
+        let gone = (ErrorCode::SessionEnded, MessageState::Gone);
+        let session = self.sessions.get_mut(&id).ok_or(gone)?;
+        let sub = self
+            .subscriptions
+            .get_mut(&session.subscription)
+            .ok_or(gone)?;
+        let topic = self.topics.get(&sub.topic).ok_or(gone)?;
+        let offset = lease.offset.0;
+        let clock = Clock {
+            at: now,
+            first: offset,
+            end: offset + 1,
+            delivery: lease.delivery.0,
+        };
+        if mark(&mut sub.leases, id, clock, Mark::Again) == 0 {
+            let state = sub.state_of(offset, topic, now);
+            return Err((ErrorCode::LeaseLost, state));
+        }
+        add_clock(session, clock);
+        Ok(())
+    }
+
+    /// A session comes back with its token. Counters of credit and begun deliveries start at 0 for
+    /// the new attachment; what was begun stays begun. What was only held cannot be begun by count
+    /// any more: it is called back, uncharged, when a handler would have taken too long.
+    pub fn attach(&mut self, id: SessionId, token: u64, now: Stamp) -> Option<Attached> {
+        let session = self.sessions.get_mut(&id)?;
+        let sub = self.subscriptions.get_mut(&session.subscription)?;
+        if session.token != token || session.live.ending {
+            return None;
+        }
+        let deadline = now.plus_ms(sub.config.lease_ms);
+        session.attach(deadline, sub.floor);
+        let runs = sub.leases.of(id);
+        let proposed = sub
+            .hand
+            .overlay
+            .iter()
+            .filter(|(_, proposed)| proposed.session == id);
+        let proposed = proposed.map(|((first, delivery), proposed)| LeaseRun {
+            first: *first,
+            end: proposed.end,
+            session: id,
+            delivery: *delivery,
+            begun: None,
+        });
+        let held: Vec<_> = runs.iter().copied().chain(proposed).collect();
+        for run in held.iter().filter(|run| run.begun.is_none()) {
+            session.live.clocks.push_back(Clock {
+                at: now,
+                first: run.first,
+                end: run.end,
+                delivery: run.delivery,
+            });
+        }
+        self.work.timers.arm(Timer::Session(id), deadline);
+        self.work.hot.insert(sub.id);
+        Some(Attached {
+            topic: sub.topic,
+            subscription: sub.id,
+            mode: sub.config.mode,
+            lease_ms: sub.config.lease_ms,
+            leases: held.iter().flat_map(names).collect(),
+            position: sub.position(),
+            active: sub.is_queue() || sub.active == Some(id),
+        })
+    }
+
+    /// The connection broke without a close: the session has `SESSION_GRACE_MS` to come back.
+    pub fn detach(&mut self, id: SessionId, now: Stamp) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        session.live.attached = false;
+        session.live.deadline = now.plus_ms(SESSION_GRACE_MS);
+        self.work
+            .timers
+            .arm(Timer::Session(id), session.live.deadline);
+        if let Some(sub) = self.subscriptions.get_mut(&session.subscription) {
+            sub.hand.creditors.remove(&id);
+        }
+    }
+
+    /// Fills `begun_at` and `history` before a settlement is encoded.
+    pub fn enrich(&self, id: SessionId, items: &mut [SettleEntry]) {
+        let Some(session) = self.sessions.get(&id) else {
+            return;
+        };
+        let Some(sub) = self.subscriptions.get(&session.subscription) else {
+            return;
+        };
+        for item in items {
+            let (offset, delivery) = (item.lease.offset.0, item.lease.delivery.0);
+            let run = sub.leases.get(offset);
+            let run = run.filter(|run| run.session == id && run.delivery == delivery);
+            let early = session.live.early.iter().find(|clock| {
+                clock.delivery == delivery && (clock.first..clock.end).contains(&offset)
+            });
+            item.begun_at = run
+                .and_then(|run| run.begun)
+                .or(early.map(|clock| clock.at));
+            let retry = sub.retries.get(offset);
+            item.history = retry.map(|retry| retry.history_items()).unwrap_or_default();
+        }
+    }
+
+    /// Leases have been applied: some of them may have been begun before.
+    pub(crate) fn begin_early(&mut self, id: SessionId) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        let Some(sub) = self.subscriptions.get_mut(&session.subscription) else {
+            return;
+        };
+        let is_last = session.live.proposed == 0;
+        let leases = &mut sub.leases;
+        let waits = |clock: &Clock| mark(leases, id, *clock, Mark::First) == 0 && !is_last;
+        session.live.early.retain(waits);
+    }
+}
+
+/// Marks the deliveries of this attachment up to the `upto`-th as begun.
+fn begin(session: &mut Session, leases: &mut Leases, upto: u64, now: Stamp) {
+    let live = &mut session.live;
+    let upto = upto.min(live.handed);
+    live.begun = live.begun.max(upto);
+    let mut begun = Vec::new();
+    while let Some(sent) = live.sent.front_mut() {
+        let count = upto.saturating_sub(sent.ordinal).min(sent.count);
+        if count == 0 {
+            break;
+        }
+        begun.push(Clock {
+            at: now,
+            first: sent.first,
+            end: sent.first + count,
+            delivery: sent.delivery,
+        });
+        sent.ordinal += count;
+        sent.first += count;
+        sent.count -= count;
+        if sent.count == 0 {
+            live.sent.pop_front();
+        }
+    }
+    for clock in begun {
+        let found = mark(leases, session.id, clock, Mark::First);
+        if found == 0 && session.live.proposed > 0 {
+            session.live.early.push(clock);
+        }
+        add_clock(session, clock);
+    }
+    drop_old_clocks(session, leases);
+}
+
+/// Starts a clock behind the others.
+fn add_clock(session: &mut Session, clock: Clock) {
+    if let Some(last) = session.live.clocks.back_mut()
+        && (last.at, last.delivery, last.end) == (clock.at, clock.delivery, clock.first)
+    {
+        last.end = clock.end;
+        return;
+    }
+    session.live.clocks.push_back(clock);
+}
+
+/// Clocks of leases that are over are forgotten once they are the most.
+fn drop_old_clocks(session: &mut Session, leases: &Leases) {
+    if session.live.clocks.len() as u64 <= 2 * session.leases + 2 * session.live.proposed + 64 {
+        return;
+    }
+    let id = session.id;
+    session.live.clocks.retain(|clock| {
+        let run = leases.next(clock.first);
+        run.is_some_and(|run| run.first < clock.end && run.session == id)
+    });
+}
+
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Mark {
+    /// Only leases that are not begun.
+    First,
+    /// Begun ones too.
+    Again,
+}
+
+/// Sets when these leases of a session were begun; returns how many are its.
+fn mark(leases: &mut Leases, session: SessionId, clock: Clock, mark: Mark) -> u64 {
+    let mut found = 0;
+    let mut at = clock.first;
+    while let Some(run) = leases.next(at).copied()
+        && run.first < clock.end
+    {
+        let (first, end) = (run.first.max(clock.first), run.end.min(clock.end));
+        at = end;
+        if run.session != session || run.delivery != clock.delivery {
+            continue;
+        }
+        found += end - first;
+        if (mark == Mark::Again || run.begun.is_none())
+            && let Some(run) = leases.cut(first, end)
+        {
+            leases.insert(LeaseRun {
+                begun: Some(clock.at),
+                ..run
+            });
+        }
+    }
+    found
+}
+
+fn names(run: &LeaseRun) -> impl Iterator<Item = LeaseName> + use<> {
+    let delivery = millpond_protocol::Delivery(run.delivery);
+    (run.first..run.end).map(move |offset| LeaseName {
+        offset: millpond_protocol::Offset(offset),
+        delivery,
+    })
+}

@@ -1,0 +1,429 @@
+//! Which messages go to which session: ready order and turns.
+//!
+//! Due retries first by (due, offset), but at most half of the hand-outs while new messages wait; new
+//! ones by offset. Sessions take turns, each with its share of what is ready and at most its credit.
+//! Suspects, and last attempts after a session's loss, go to a session that holds nothing else; if
+//! there is none, one is left to run empty.
+
+use std::collections::BTreeMap;
+use std::ops::Bound;
+
+use millpond_protocol::{Delivery, Offset, SessionId, Stamp, SubscriptionId};
+
+use super::timers::{Timer, Timers};
+use crate::counters::Counters;
+use crate::effect::{Handout, Proposal};
+use crate::limits::{HANDOUT_MAX, SCAN_MAX};
+use crate::queue::Queue;
+use crate::record::{LeaseRange, Record};
+use crate::state::redelivery::Retry;
+use crate::state::session::{Sent, Session};
+use crate::state::subscription::Subscription;
+use crate::state::topic::Topic;
+
+/// Consecutive messages that would be handed out alike.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+struct Piece {
+    first: u64,
+    end: u64,
+    delivery: u32,
+    attempt: u32,
+    /// It moves the cursor of hand-outs.
+    fresh: bool,
+}
+
+/// One subscription at work.
+struct Server<'a> {
+    sub: &'a mut Subscription,
+    topic: &'a Topic,
+    sessions: &'a mut BTreeMap<SessionId, Session>,
+    timers: &'a mut Timers,
+    counters: &'a mut Counters,
+    out: &'a mut Vec<Proposal>,
+    retry_bytes_max: u64,
+    average_bytes: u64,
+    now: Stamp,
+}
+
+impl Queue {
+    /// Hands out up to `budget` messages of one subscription; returns how many it did.
+    pub(super) fn serve(
+        &mut self,
+        id: SubscriptionId,
+        now: Stamp,
+        budget: usize,
+        out: &mut Vec<Proposal>,
+    ) -> usize {
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return 0;
+        };
+        let Some(topic) = self.topics.get(&sub.topic) else {
+            return 0;
+        };
+        if sub.paused || sub.sessions.is_empty() {
+            return 0;
+        }
+        let mut server = Server {
+            average_bytes: topic.average_bytes(),
+            sub,
+            topic,
+            sessions: &mut self.sessions,
+            timers: &mut self.work.timers,
+            counters: &mut self.counters,
+            out,
+            retry_bytes_max: self.options.retry_bytes_max,
+            now,
+        };
+        if server.sub.is_queue() {
+            server.queue(budget as u64) as usize
+        } else {
+            server.stream(budget as u64) as usize
+        }
+    }
+}
+
+impl Server<'_> {
+    fn stream(&mut self, budget: u64) -> u64 {
+        let mut handed = 0;
+        let Some(active) = self.sub.active else {
+            return 0;
+        };
+        let Some(session) = self.sessions.get_mut(&active) else {
+            return 0;
+        };
+        while handed < budget {
+            let read = session.live.read.max(self.sub.floor).max(self.topic.first);
+            let room = session.room(self.average_bytes).min(HANDOUT_MAX);
+            let count = self
+                .topic
+                .next
+                .saturating_sub(read)
+                .min(room)
+                .min(budget - handed);
+            if count == 0 {
+                break;
+            }
+            session.live.read = read + count;
+            session.live.handed += count;
+            handed += count;
+            self.out.push(Proposal::Stream {
+                session: active,
+                subscription: self.sub.id,
+                topic: self.topic.id,
+                offset: Offset(read),
+                count: count as u32,
+            });
+        }
+        handed
+    }
+
+    fn queue(&mut self, budget: u64) -> u64 {
+        let mut handed = 0;
+        loop {
+            let in_flight = self.sub.leases.count() + self.sub.hand.count;
+            let free = u64::from(self.sub.config.max_in_flight).saturating_sub(in_flight);
+            let free = free.min(budget - handed);
+            if free == 0 {
+                return handed;
+            }
+            let given = match self.alone() {
+                0 => self.turn(free),
+                given => given,
+            };
+            if given == 0 {
+                return handed;
+            }
+            handed += given;
+        }
+    }
+
+    /// One message that must be its session's only one.
+    fn alone(&mut self) -> u64 {
+        let until = ..=(self.now, u64::MAX);
+        let hand = &self.sub.hand;
+        let mut waiting = self.sub.retries.alone().range(until);
+        let next = waiting.find(|(_, offset)| hand.proposed_until(*offset).is_none());
+        let Some((due, offset)) = next.copied() else {
+            self.sub.hand.draining = None;
+            return 0;
+        };
+        let room = |id: &&SessionId| {
+            let session = self.sessions.get(*id);
+            session.is_some_and(|session| session.room(self.average_bytes) > 0)
+        };
+        let mut able = self.sub.hand.creditors.iter().filter(room);
+        let empty = |id: &&SessionId| self.sessions.get(*id).is_some_and(Session::is_empty);
+        if let Some(id) = able.clone().find(empty).copied() {
+            let Some(piece) = self.piece_of_retry(due, offset) else {
+                return 0;
+            };
+            if self.sub.hand.draining == Some(id) {
+                self.sub.hand.draining = None;
+            }
+            self.give(id, &[piece]);
+            if let Some(session) = self.sessions.get_mut(&id) {
+                session.live.alone = Some(offset);
+            }
+            return 1;
+        }
+        let draining = self.sub.hand.draining;
+        if !draining.is_some_and(|id| able.clone().any(|able| *able == id)) {
+            let leases = |id: &&SessionId| self.sessions.get(*id).map(|session| session.leases);
+            let one = able.by_ref().min_by_key(leases).copied();
+            self.sub.hand.draining = one;
+        }
+        0
+    }
+
+    /// The next session's share, at most `free`.
+    fn turn(&mut self, free: u64) -> u64 {
+        let Some((id, room)) = self.next_session() else {
+            return 0;
+        };
+        let until = ..=(self.now, u64::MAX);
+        let most = HANDOUT_MAX as usize;
+        let due = self.sub.retries.due().range(until).take(most).count() as u64;
+        let new = self.topic.next.saturating_sub(self.sub.hand.cursor) + self.sub.again.len();
+        let eligible = self.sub.hand.creditors.len().max(1) as u64;
+        let share = (due + new).div_ceil(eligible).max(1);
+        let share = share.min(free).min(room).min(HANDOUT_MAX);
+        let retries = if due > 0 { self.due(share) } else { Vec::new() };
+        let mut fresh = Vec::new();
+        if self.sub.retries.bytes() < self.retry_bytes_max {
+            self.new_pieces(share, &mut fresh);
+        }
+        let new = total(&fresh);
+        let retried = self.split(share, retries.len() as u64, new);
+        let mut pieces = Vec::with_capacity(fresh.len() + 1);
+        for (due, offset) in &retries[..retried as usize] {
+            if let Some(piece) = self.piece_of_retry(*due, *offset) {
+                push(&mut pieces, piece);
+            }
+        }
+        cut_to(&mut fresh, share - retried);
+        pieces.extend(fresh);
+        self.give(id, &pieces);
+        self.sub.hand.served = id;
+        total(&pieces)
+    }
+
+    /// How many of `share` hand-outs are retries.
+    fn split(&mut self, share: u64, retries: u64, new: u64) -> u64 {
+        if retries + new <= share {
+            return retries;
+        }
+        let mut half = share / 2;
+        if share % 2 == 1 && retries > half && new > half {
+            half += u64::from(!self.sub.hand.new_first);
+            self.sub.hand.new_first = !self.sub.hand.new_first;
+        }
+        retries.min(half.max(share - new.min(share)))
+    }
+
+    /// The session whose turn it is, with its room.
+    fn next_session(&mut self) -> Option<(SessionId, u64)> {
+        let hand = &mut self.sub.hand;
+        let mut after = hand.served;
+        for _ in 0..hand.creditors.len() {
+            let behind = (Bound::Excluded(after), Bound::Unbounded);
+            let next = hand
+                .creditors
+                .range(behind)
+                .next()
+                .or(hand.creditors.first());
+            after = *next?;
+            let Some(session) = self.sessions.get_mut(&after) else {
+                hand.creditors.remove(&after);
+                continue;
+            };
+            if session.live.alone.is_some() && session.is_empty() {
+                session.live.alone = None;
+            }
+            match session.room(self.average_bytes) {
+                0 => {
+                    hand.creditors.remove(&after);
+                }
+                room if session.live.alone.is_none() && hand.draining != Some(after) => {
+                    return Some((after, room));
+                }
+                _ => {}
+            }
+        }
+        None
+    }
+
+    /// Due retries that have not been proposed, by (due, offset).
+    fn due(&self, most: u64) -> Vec<(Stamp, u64)> {
+        let until = ..=(self.now, u64::MAX);
+        let hand = &self.sub.hand;
+        let due = self.sub.retries.due().range(until);
+        let open = due.filter(|(_, offset)| hand.proposed_until(*offset).is_none());
+        open.take(most as usize).copied().collect()
+    }
+
+    fn piece_of_retry(&mut self, due: Stamp, offset: u64) -> Option<Piece> {
+        let retry: &Retry = self.sub.retries.get(offset)?;
+        if retry.failures > 0 {
+            self.counters.redelivered(due, self.now);
+        }
+        Some(Piece {
+            first: offset,
+            end: offset + 1,
+            delivery: retry.delivery.max(self.sub.delivery_base) + 1,
+            attempt: retry.failures + 1,
+            fresh: false,
+        })
+    }
+
+    /// Messages that were never handed out, by offset: those that came due, then the cursor's.
+    fn new_pieces(&self, most: u64, pieces: &mut Vec<Piece>) {
+        let mut left = most;
+        let mut at = 0;
+        while left > 0
+            && let Some(offset) = self.sub.again.next_present(at)
+        {
+            at = offset + 1;
+            match self.sub.hand.proposed_until(offset) {
+                Some(end) => at = end,
+                None => {
+                    push(pieces, self.first_piece(offset, offset + 1, false));
+                    left -= 1;
+                }
+            }
+        }
+        // Due by now, though no record has come since that would say so.
+        for (_, offset) in self.topic.delays.ready(self.now) {
+            if left == 0 {
+                return;
+            }
+            let is_mine = offset >= self.sub.start && !self.sub.is_finished(offset);
+            let is_open = is_mine && !self.sub.retries.contains(offset);
+            if is_open && offset < self.sub.cursor && self.sub.hand.proposed_until(offset).is_none()
+            {
+                push(pieces, self.first_piece(offset, offset + 1, false));
+                left -= 1;
+            }
+        }
+        self.cursor_pieces(left, pieces);
+    }
+
+    fn cursor_pieces(&self, most: u64, pieces: &mut Vec<Piece>) {
+        let mut left = most;
+        let mut at = self.sub.hand.cursor.max(self.topic.first);
+        let stop = self.topic.next.min(at.saturating_add(SCAN_MAX));
+        while left > 0 && at < stop {
+            let mut end = stop.min(at + left);
+            let done = self.sub.done.next_present(at);
+            if done == Some(at) {
+                at = self.sub.done.next_absent(at);
+                continue;
+            }
+            let delayed = self.topic.delays.next_in(at, end);
+            let waiting = self.sub.retries.next_in(at, end);
+            let others = done.into_iter().chain(delayed).chain(waiting);
+            end = others.fold(end, u64::min);
+            if end == at {
+                at += 1;
+                continue;
+            }
+            pieces.push(self.first_piece(at, end, true));
+            left -= end - at;
+            at = end;
+        }
+    }
+
+    fn first_piece(&self, first: u64, end: u64, fresh: bool) -> Piece {
+        Piece {
+            first,
+            end,
+            delivery: self.sub.delivery_base + 1,
+            attempt: 1,
+            fresh,
+        }
+    }
+
+    fn give(&mut self, id: SessionId, pieces: &[Piece]) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        if pieces.is_empty() {
+            return;
+        }
+        let config = &self.sub.config;
+        if session.is_empty() {
+            // Clients renew only while they hold something.
+            let deadline = self.now.plus_ms(config.lease_ms);
+            session.live.deadline = session.live.deadline.max(deadline);
+        }
+        let mut ranges = Vec::with_capacity(pieces.len());
+        let mut handouts = Vec::with_capacity(pieces.len());
+        for piece in pieces {
+            let count = piece.end - piece.first;
+            let (offset, delivery) = (Offset(piece.first), Delivery(piece.delivery));
+            ranges.push(LeaseRange {
+                offset,
+                count: count as u32,
+                delivery,
+            });
+            handouts.push(Handout {
+                offset,
+                count: count as u32,
+                delivery,
+                attempt: piece.attempt,
+            });
+            let hand = &mut self.sub.hand;
+            hand.propose(piece.first, piece.end, piece.delivery, id, piece.fresh);
+            if piece.fresh {
+                hand.cursor = hand.cursor.max(piece.end);
+            }
+            session.live.sent.push_back(Sent {
+                ordinal: session.live.handed,
+                first: piece.first,
+                count,
+                delivery: piece.delivery,
+                at: self.now,
+            });
+            session.live.handed += count;
+            session.live.proposed += count;
+        }
+        let next = session.next_deadline(config.processing_timeout_ms, config.hold_max_ms);
+        self.timers.arm(Timer::Session(id), next);
+        self.out.push(Proposal::Lease {
+            record: Record::Lease {
+                subscription: self.sub.id,
+                session: id,
+                ranges,
+            },
+            session: id,
+            subscription: self.sub.id,
+            topic: self.topic.id,
+            ranges: handouts,
+        });
+    }
+}
+
+/// Adds a piece, to the one before if they are alike and adjacent.
+fn push(pieces: &mut Vec<Piece>, piece: Piece) {
+    if let Some(before) = pieces.last_mut() {
+        let alike = (before.delivery, before.attempt, before.fresh)
+            == (piece.delivery, piece.attempt, piece.fresh);
+        if alike && before.end == piece.first {
+            before.end = piece.end;
+            return;
+        }
+    }
+    pieces.push(piece);
+}
+
+fn total(pieces: &[Piece]) -> u64 {
+    pieces.iter().map(|piece| piece.end - piece.first).sum()
+}
+
+fn cut_to(pieces: &mut Vec<Piece>, most: u64) {
+    let mut left = most;
+    for piece in pieces.iter_mut() {
+        piece.end = piece.end.min(piece.first + left);
+        left -= piece.end - piece.first;
+    }
+    pieces.retain(|piece| piece.end > piece.first);
+}

@@ -250,6 +250,7 @@ impl Client {
     async fn ask(&self, request: &Request, deadline: Instant) -> Result<Response, Asked> {
         let shared = self.shared();
         let link = shared.link(deadline).await.map_err(Asked::Final)?;
+        let _using = link.users.token();
         let (answer, answered) = oneshot::channel();
         let ask = Ask {
             request: request.clone(),

@@ -16,6 +16,8 @@ use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, MtuDiscoveryCon
 use quinn::{EndpointConfig, TokioRuntime, TransportConfig};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::address::Address;
 use crate::control::{Ask, ControlStream};
@@ -31,6 +33,10 @@ pub struct Link {
     pub connection: Connection,
     pub control: mpsc::Sender<Ask>,
     pub welcome: Welcome,
+    /// The broker wants this connection to end: finish what is under way and leave.
+    pub leaving: CancellationToken,
+    /// Whoever has something under way on it.
+    pub users: TaskTracker,
 }
 
 /// Makes connections to one broker.
@@ -114,11 +120,14 @@ impl Dialer {
                 welcome.version
             )));
         }
-        let (control, stream) = ControlStream::new(send, reader);
+        let leaving = CancellationToken::new();
+        let (control, stream) = ControlStream::new(send, reader, leaving.clone());
         let link = Link {
             connection,
             control,
             welcome,
+            leaving,
+            users: TaskTracker::new(),
         };
         Ok((link, stream))
     }

@@ -11,6 +11,7 @@ use millpond_protocol::control::{GoAway, Request, RequestFrame, Response, Respon
 use millpond_protocol::frame::{Frame, FrameError, FrameType};
 use quinn::SendStream;
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
@@ -42,10 +43,15 @@ pub struct ControlStream {
     asks: mpsc::Receiver<Ask>,
     pending: BTreeMap<u64, oneshot::Sender<Result<Response, Lost>>>,
     last_id: u64,
+    leaving: CancellationToken,
 }
 
 impl ControlStream {
-    pub fn new(send: SendStream, reader: FrameReader) -> (mpsc::Sender<Ask>, Self) {
+    pub fn new(
+        send: SendStream,
+        reader: FrameReader,
+        leaving: CancellationToken,
+    ) -> (mpsc::Sender<Ask>, Self) {
         let (sender, asks) = mpsc::channel(CONTROL_QUEUE);
         let stream = Self {
             send,
@@ -53,6 +59,7 @@ impl ControlStream {
             asks,
             pending: BTreeMap::new(),
             last_id: 0,
+            leaving,
         };
         (sender, stream)
     }
@@ -125,6 +132,7 @@ impl ControlStream {
                     reason = away.reason,
                     "the broker is going away"
                 );
+                self.leaving.cancel();
                 Ok(())
             }
             found => Err(FrameError::Unexpected { found }.into()),

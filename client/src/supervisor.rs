@@ -18,7 +18,7 @@ use crate::breaker::Breaker;
 use crate::connection::{Dialer, Link};
 use crate::control::ControlStream;
 use crate::error::Error;
-use crate::limits::{CLOSE_TIMEOUT, REDIAL_TIMEOUT};
+use crate::limits::{CLOSE_TIMEOUT, REDIAL_TIMEOUT, REDIAL_TIMEOUT_FIRST};
 
 /// What the tasks of one client share.
 pub struct Shared {
@@ -136,7 +136,8 @@ impl Shared {
         let mut backoff = Backoff::default();
         loop {
             sleep(backoff.next(random())).await;
-            match self.dialer.dial(REDIAL_TIMEOUT).await {
+            let limit = REDIAL_TIMEOUT_FIRST * (1 << (backoff.attempts() - 1).min(8));
+            match self.dialer.dial(limit.min(REDIAL_TIMEOUT)).await {
                 Ok(made) => return made,
                 Err(error) => {
                     self.failed();
@@ -156,11 +157,13 @@ async fn supervise(shared: Arc<Shared>, first: (Link, ControlStream)) {
         let connection = link.connection.clone();
         shared.succeeded();
         shared.last_error.lock().take();
-        shared.link.send_replace(Some(Arc::new(link)));
+        let link = Arc::new(link);
+        shared.link.send_replace(Some(Arc::clone(&link)));
         tokio::select! {
             end = control.run() => {
                 tracing::info!(?end, "the connection to the broker has ended");
             }
+            () = left(&shared, &link) => {}
             () = shared.closed.cancelled() => {
                 shared.link.send_replace(None);
                 connection.close(0u32.into(), b"the client was closed");
@@ -174,4 +177,13 @@ async fn supervise(shared: Arc<Shared>, first: (Link, ControlStream)) {
             () = shared.closed.cancelled() => return,
         };
     }
+}
+
+/// Returns once the broker has asked this client to leave and everybody has. Who takes too long is
+/// cut off by the broker.
+async fn left(shared: &Shared, link: &Link) {
+    link.leaving.cancelled().await;
+    shared.link.send_replace(None);
+    link.users.close();
+    link.users.wait().await;
 }

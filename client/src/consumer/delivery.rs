@@ -8,11 +8,10 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use millpond_protocol::SessionId;
-use millpond_protocol::control::{LeaseName, LostReason, Outcome, RejectKind};
+use millpond_protocol::control::{LostReason, Outcome, RejectKind};
 use millpond_protocol::limits::{DELAY_MS_MAX, REASON_BYTES_MAX};
 
-use super::session::{Held, Session};
+use super::session::{Held, Session, Taken};
 use super::settle::SettleSlot;
 use crate::delivery::Received;
 use crate::error::Error;
@@ -99,9 +98,7 @@ pub struct Delivery {
 /// The right to settle one delivery.
 pub(crate) struct Lease {
     session: Arc<Session>,
-    id: SessionId,
-    name: LeaseName,
-    bytes: u64,
+    taken: Taken,
     settled: bool,
 }
 
@@ -109,9 +106,7 @@ impl Delivery {
     pub(crate) fn new(session: Arc<Session>, held: Held) -> Self {
         let lease = Lease {
             session,
-            id: held.session,
-            name: held.lease(),
-            bytes: held.bytes(),
+            taken: held.taken(),
             settled: false,
         };
         Self {
@@ -208,24 +203,23 @@ impl Lease {
     /// `None` acknowledges.
     pub fn settle(mut self, outcome: Option<Outcome>) -> SettleReceipt {
         self.settled = true;
-        let slot = self.session.settle(self.id, self.name, self.bytes, outcome);
+        let slot = self.session.settle(self.taken, outcome);
         SettleReceipt { slot }
     }
 
     pub fn lost(&self) -> Option<LostReason> {
-        self.session.lost_reason(self.name)
+        self.session.lost_reason(self.taken.lease)
     }
 
     pub fn extender(&self) -> Extender {
         Extender {
             session: Arc::clone(&self.session),
-            id: self.id,
-            name: self.name,
+            taken: self.taken,
         }
     }
 
     async fn extend(&self) -> Result<(), Error> {
-        let slot = self.session.extend(self.id, self.name);
+        let slot = self.session.extend(self.taken);
         SettleReceipt { slot }.await
     }
 }
@@ -233,7 +227,7 @@ impl Lease {
 impl Drop for Lease {
     fn drop(&mut self) {
         if !self.settled {
-            self.session.dropped(self.id, self.name, self.bytes);
+            self.session.dropped(self.taken);
         }
     }
 }
@@ -242,18 +236,17 @@ impl Drop for Lease {
 #[derive(Clone)]
 pub(crate) struct Extender {
     session: Arc<Session>,
-    id: SessionId,
-    name: LeaseName,
+    taken: Taken,
 }
 
 impl Extender {
     pub async fn extend(&self) -> Result<(), Error> {
-        let slot = self.session.extend(self.id, self.name);
+        let slot = self.session.extend(self.taken);
         SettleReceipt { slot }.await
     }
 
     pub fn lost(&self) -> Option<LostReason> {
-        self.session.lost_reason(self.name)
+        self.session.lost_reason(self.taken.lease)
     }
 }
 

@@ -11,12 +11,14 @@ use millpond_protocol::control::{
 };
 use millpond_protocol::frame::{self, FrameError, FrameType};
 use millpond_protocol::hot::{ConsumerCredit, decode_deliver};
-use quinn::{Connection, SendStream};
+use quinn::SendStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::session::{Session, SettleNext};
 use crate::backoff::{Backoff, random, retry_after};
 use crate::client::Inner;
+use crate::connection::Link;
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
 use crate::limits::{RECONNECT_MAX, STREAM_RETRIES_MAX};
@@ -33,6 +35,8 @@ pub struct Identity {
 
 /// The open streams of a session.
 pub struct Streams {
+    link: Arc<Link>,
+    using: TaskTrackerToken,
     delivery_send: SendStream,
     deliveries: FrameReader,
     settle_send: SendStream,
@@ -64,7 +68,7 @@ pub async fn open(
     let mut backoff = Backoff::default();
     loop {
         let link = shared.link(deadline).await?;
-        let opening = open_once(&link.connection, &question);
+        let opening = open_once(&link, &question);
         let end = match timeout_at(deadline, opening).await {
             Ok(Ok(streams)) => return Ok(streams),
             Ok(Err(end)) => end,
@@ -88,7 +92,8 @@ pub async fn open(
     }
 }
 
-async fn open_once(connection: &Connection, question: &OpenConsumer) -> Result<Streams, StreamEnd> {
+async fn open_once(link: &Arc<Link>, question: &OpenConsumer) -> Result<Streams, StreamEnd> {
+    let connection = &link.connection;
     let (delivery_send, deliveries, first) = io::open(
         connection,
         FrameType::OpenConsumer,
@@ -109,6 +114,8 @@ async fn open_once(connection: &Connection, question: &OpenConsumer) -> Result<S
     )
     .await?;
     Ok(Streams {
+        link: Arc::clone(link),
+        using: link.users.token(),
         delivery_send,
         deliveries,
         settle_send,
@@ -177,6 +184,8 @@ async fn reopen(shared: &Shared, session: &Session, identity: &Identity) -> Resu
 
 async fn serve_streams(session: &Session, streams: Streams) -> Result<Ended, Error> {
     let Streams {
+        link,
+        using: _using,
         mut delivery_send,
         mut deliveries,
         mut settle_send,
@@ -191,6 +200,7 @@ async fn serve_streams(session: &Session, streams: Streams) -> Result<Ended, Err
             Ok(()) => return Ok(Ended::Finished),
             Err(end) => end,
         },
+        () = leave(session, &link) => StreamEnd::Lost,
     };
     if session.is_close_sent() {
         // The broker ends the other streams too; what counts is its word on this one.
@@ -295,6 +305,13 @@ async fn hear(session: &Session, reader: &mut FrameReader) -> Result<(), StreamE
             found => return Err(FrameError::Unexpected { found }.into()),
         }
     }
+}
+
+/// When the broker goes away: hands out nothing more, and leaves once everything is settled.
+async fn leave(session: &Session, link: &Link) {
+    link.leaving.cancelled().await;
+    session.pause();
+    session.all_settled().await;
 }
 
 /// Closes the session when the client is closed.

@@ -19,6 +19,7 @@ use millpond_protocol::control::{
 use millpond_protocol::hot::{ConsumerCredit, Credit, Delivered};
 use millpond_protocol::{Offset, SessionId, SubscriptionMode};
 use parking_lot::Mutex;
+use slab::Slab;
 use tokio::sync::Notify;
 
 use super::settle::{SettleQueue, SettleSlot};
@@ -36,10 +37,21 @@ pub struct Prefetch {
 /// One delivery on its way from the frame to the user.
 pub struct Held {
     pub delivered: Delivered,
-    pub session: SessionId,
+    session: SessionId,
+    /// Where it stands among what the user has, once it is taken.
+    slot: usize,
     /// Its number on its delivery stream, and which stream that was.
     ordinal: u64,
     generation: u32,
+}
+
+/// A delivery that the user has: its lease, and what it holds of the session.
+#[derive(Copy, Clone)]
+pub struct Taken {
+    session: SessionId,
+    pub lease: LeaseName,
+    bytes: u64,
+    slot: usize,
 }
 
 /// What the user gets next.
@@ -91,7 +103,11 @@ struct State {
     granted: Credit,
     outstanding: u64,
     outstanding_bytes: u64,
+    /// What the user has, by its slot.
+    taken: Slab<LeaseName>,
     lost: BTreeMap<LeaseName, LostReason>,
+    /// The broker is going away: nothing is handed out before the streams are open again.
+    paused: bool,
     settle: SettleQueue,
     close_sent: bool,
     user: Option<Waker>,
@@ -129,7 +145,9 @@ impl Session {
                 granted: Credit::default(),
                 outstanding: 0,
                 outstanding_bytes: 0,
+                taken: Slab::new(),
                 lost: BTreeMap::new(),
+                paused: false,
                 settle: SettleQueue::default(),
                 close_sent: false,
                 user: None,
@@ -158,14 +176,19 @@ impl Session {
             };
             return Poll::Ready(end);
         }
-        let Some(item) = state.buffer.pop_front() else {
+        let next = if state.paused {
+            None
+        } else {
+            state.buffer.pop_front()
+        };
+        let Some(mut item) = next else {
             match &mut state.user {
                 Some(waker) => waker.clone_from(context.waker()),
                 empty => *empty = Some(context.waker().clone()),
             }
             return Poll::Pending;
         };
-        if let Item::Message(held) = &item {
+        if let Item::Message(held) = &mut item {
             state.begin(held);
         }
         drop(state);
@@ -174,47 +197,45 @@ impl Session {
     }
 
     /// Settles a delivery; it is no longer outstanding, whatever the answer.
-    pub fn settle(
-        &self,
-        session: SessionId,
-        lease: LeaseName,
-        bytes: u64,
-        outcome: Option<Outcome>,
-    ) -> Result<SettleSlot, Error> {
+    pub fn settle(&self, taken: Taken, outcome: Option<Outcome>) -> Result<SettleSlot, Error> {
+        let lease = taken.lease;
         let mut state = self.state.lock();
-        state.outstanding -= 1;
-        state.outstanding_bytes -= bytes;
+        state.taken.remove(taken.slot);
+        state.forget(taken.bytes);
         state.lost.remove(&lease);
-        let slot = state.settleable(session).map(|()| match outcome {
+        let slot = state.settleable(taken.session).map(|()| match outcome {
             None => state.settle.ack(lease),
             Some(outcome) => state.settle.settle(lease, outcome),
         });
         drop(state);
         self.settle_work.notify_one();
         self.credit_work.notify_one();
+        if slot.is_err() {
+            self.progress.notify_waiters();
+        }
         slot
     }
 
     /// Starts the processing clock of a delivery again.
-    pub fn extend(&self, session: SessionId, lease: LeaseName) -> Result<SettleSlot, Error> {
+    pub fn extend(&self, taken: Taken) -> Result<SettleSlot, Error> {
         let mut state = self.state.lock();
-        state.settleable(session)?;
-        let slot = state.settle.settle(lease, Outcome::Extend);
+        state.settleable(taken.session)?;
+        let slot = state.settle.settle(taken.lease, Outcome::Extend);
         drop(state);
         self.settle_work.notify_one();
         Ok(slot)
     }
 
     /// A delivery that was dropped without a word: handed back, logged and counted.
-    pub fn dropped(&self, session: SessionId, lease: LeaseName, bytes: u64) {
+    pub fn dropped(&self, taken: Taken) {
         let release = Outcome::Release {
             delay_ms: Some(DROPPED_DELAY_MS),
         };
-        if self.settle(session, lease, bytes, Some(release)).is_ok() {
+        if self.settle(taken, Some(release)).is_ok() {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             tracing::warn!(
-                offset = lease.offset.0,
-                delivery = lease.delivery.0,
+                offset = taken.lease.offset.0,
+                delivery = taken.lease.delivery.0,
                 "a delivery was dropped without being settled; it is released"
             );
         }
@@ -374,6 +395,25 @@ impl Session {
         state.granted = Credit::default();
     }
 
+    /// Nothing more is handed out on these streams.
+    pub fn pause(&self) {
+        self.state.lock().paused = true;
+    }
+
+    /// Waits until the user has nothing and every settlement is answered.
+    pub async fn all_settled(&self) {
+        loop {
+            let progress = self.progress.notified();
+            {
+                let state = self.state.lock();
+                if state.taken.is_empty() && state.settle.pending() == 0 {
+                    return;
+                }
+            }
+            progress.await;
+        }
+    }
+
     /// The streams are open again, for the same session or for a new one.
     pub fn reopened(&self, opened: &ConsumerOpened) {
         let mut wakeups = Wakeups::default();
@@ -390,18 +430,17 @@ impl Session {
             state.lost.clear();
         }
         match state.mode {
-            SubscriptionMode::Queue => {
-                let standing: BTreeSet<LeaseName> = if same {
-                    opened.leases.iter().copied().collect()
-                } else {
-                    BTreeSet::new()
-                };
-                state.retain(|held| standing.contains(&held.lease()));
-            }
+            SubscriptionMode::Queue if same => state.resumed(&opened.leases),
+            SubscriptionMode::Queue => state.clear_buffer(),
             SubscriptionMode::Stream => state.stream_reopened(same, opened.position),
         }
+        state.paused = false;
+        let user = state.user.take();
         drop(state);
         wakeups.wake();
+        if let Some(user) = user {
+            user.wake();
+        }
         self.credit_work.notify_one();
         self.settle_work.notify_one();
     }
@@ -466,12 +505,33 @@ impl Session {
 }
 
 impl State {
-    fn begin(&mut self, held: &Held) {
+    fn begin(&mut self, held: &mut Held) {
         if held.generation == self.generation {
             self.begun = self.begun.max(held.ordinal + 1);
         }
         if self.mode == SubscriptionMode::Stream {
             self.forget(held.bytes());
+        } else {
+            held.slot = self.taken.insert(held.lease());
+        }
+    }
+
+    /// Keeps what stands. A lease that nobody here has was on its way when the streams broke: it is
+    /// handed back, lest it wait unseen.
+    fn resumed(&mut self, leases: &[LeaseName]) {
+        let mut unseen: BTreeSet<LeaseName> = leases.iter().copied().collect();
+        self.retain(|held| unseen.remove(&held.lease()));
+        for (_, lease) in &self.taken {
+            if !unseen.remove(lease) && self.lost.len() < LOST_LEASES_MAX {
+                self.lost.insert(*lease, LostReason::LeaseExpired);
+            }
+        }
+        for lease in self.settle.leases() {
+            unseen.remove(&lease);
+        }
+        for lease in unseen {
+            self.settle
+                .settle(lease, Outcome::Release { delay_ms: None });
         }
     }
 
@@ -479,6 +539,7 @@ impl State {
         let held = Held {
             delivered,
             session: self.resume.session,
+            slot: 0,
             ordinal: self.received,
             generation: self.generation,
         };
@@ -580,6 +641,16 @@ impl State {
 }
 
 impl Held {
+    /// The right to settle it.
+    pub fn taken(&self) -> Taken {
+        Taken {
+            session: self.session,
+            lease: self.lease(),
+            bytes: self.bytes(),
+            slot: self.slot,
+        }
+    }
+
     pub fn lease(&self) -> LeaseName {
         LeaseName {
             offset: self.delivered.meta.offset,

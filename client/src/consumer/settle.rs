@@ -168,6 +168,13 @@ impl SettleQueue {
         self.pending = 0;
     }
 
+    /// The leases that have settlements without an answer.
+    pub fn leases(&self) -> impl Iterator<Item = LeaseName> {
+        let open = [&self.acks, &self.items].into_iter().flatten();
+        let all = self.sent.iter().chain(&self.ready).chain(open);
+        all.flat_map(|batch| batch.rows.leases())
+    }
+
     /// Settlements without an answer.
     pub fn pending(&self) -> usize {
         self.pending
@@ -235,6 +242,17 @@ impl Batch {
 }
 
 impl Rows {
+    fn leases(&self) -> impl Iterator<Item = LeaseName> {
+        let (acks, items): (&[LeaseName], &[SettleItem]) = match self {
+            Self::Acks(rows) => (rows, &[]),
+            Self::Items(rows) => (&[], rows),
+            Self::Commit(_) => (&[], &[]),
+        };
+        acks.iter()
+            .copied()
+            .chain(items.iter().map(|item| item.lease))
+    }
+
     fn count(&self) -> u32 {
         match self {
             Self::Acks(rows) => rows.len() as u32,

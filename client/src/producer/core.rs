@@ -119,6 +119,11 @@ impl Core {
         self.with(|pipeline, _| pipeline.lost());
     }
 
+    /// Nothing more is sent on this stream.
+    pub fn pause(&self) {
+        self.with(|pipeline, _| pipeline.pause());
+    }
+
     pub fn reopened(&self, opened: &ProducerOpened) -> Result<(), Error> {
         self.with(|pipeline, wakeups| pipeline.reopened(opened, wakeups))
     }
@@ -156,8 +161,6 @@ impl Core {
         self.work.notify_one();
         loop {
             let progress = self.progress.notified();
-            tokio::pin!(progress);
-            progress.as_mut().enable();
             {
                 let mut state = self.state.lock();
                 let oldest = state.pipeline.oldest_pending();
@@ -176,9 +179,18 @@ impl Core {
     pub async fn finished(&self) {
         loop {
             let progress = self.progress.notified();
-            tokio::pin!(progress);
-            progress.as_mut().enable();
             if self.is_finished() {
+                return;
+            }
+            progress.await;
+        }
+    }
+
+    /// Waits until nothing is under way.
+    pub async fn answered(&self) {
+        loop {
+            let progress = self.progress.notified();
+            if !self.state.lock().pipeline.is_under_way() {
                 return;
             }
             progress.await;

@@ -11,11 +11,13 @@ use millpond_protocol::frame::{Frame, FrameError, FrameType};
 use millpond_protocol::hot::PublishAck;
 use quinn::SendStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
+use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::core::Core;
 use super::pipeline::{Next, Verdict};
 use crate::backoff::{Backoff, random, retry_after};
 use crate::client::Inner;
+use crate::connection::Link;
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
 use crate::limits::{FINISH_TIMEOUT, RECONNECT_MAX, STREAM_RETRIES_MAX};
@@ -23,6 +25,8 @@ use crate::supervisor::Shared;
 
 /// An open producer stream.
 pub struct Stream {
+    link: Arc<Link>,
+    using: TaskTrackerToken,
     send: SendStream,
     reader: FrameReader,
     pub opened: ProducerOpened,
@@ -67,6 +71,8 @@ pub async fn open(
         let end = match timeout_at(deadline, opening).await {
             Ok(Ok((send, reader, frame))) => {
                 return Ok(Stream {
+                    using: link.users.token(),
+                    link,
                     send,
                     reader,
                     opened: frame.decode()?,
@@ -179,6 +185,8 @@ async fn reopen(
 
 async fn serve_stream(shared: &Shared, core: &Core, stream: Stream) -> Ended {
     let Stream {
+        link,
+        using: _using,
         mut send,
         mut reader,
         ..
@@ -187,6 +195,7 @@ async fn serve_stream(shared: &Shared, core: &Core, stream: Stream) -> Ended {
         ended = write(core, &mut send) => ended,
         ended = read(core, &mut reader) => ended,
         () = drained(shared, core) => Ended::Finished,
+        () = leave(core, &link) => Ended::Again,
     };
     if matches!(ended, Ended::Again) {
         // A clean end would tell the broker to forget an anonymous producer.
@@ -196,6 +205,13 @@ async fn serve_stream(shared: &Shared, core: &Core, stream: Stream) -> Ended {
         let _ = timeout(FINISH_TIMEOUT, send.stopped()).await;
     }
     ended
+}
+
+/// When the broker goes away: sends nothing more, and leaves once everything sent is answered.
+async fn leave(core: &Core, link: &Link) {
+    link.leaving.cancelled().await;
+    core.pause();
+    core.answered().await;
 }
 
 async fn write(core: &Core, send: &mut SendStream) -> Ended {

@@ -310,6 +310,11 @@ impl Pipeline {
         Ok(verdict)
     }
 
+    /// Nothing more is sent before the stream has been opened again.
+    pub fn pause(&mut self) {
+        self.credit = None;
+    }
+
     /// The stream is gone; what was sent and not answered is in doubt.
     pub fn lost(&mut self) {
         self.credit = None;
@@ -462,6 +467,11 @@ impl Pipeline {
         let batch = self.taken_back.front().or(sent).or(self.waiting.front());
         let filling = self.filling.as_ref().map(Filling::first);
         batch.map(|batch| batch.first).or(filling)
+    }
+
+    /// True if the answer to something sent may still come.
+    pub fn is_under_way(&self) -> bool {
+        !self.sent.is_empty()
     }
 
     pub fn is_empty(&self) -> bool {

@@ -233,6 +233,31 @@ async fn a_closed_producer_has_sent_everything() {
 }
 
 #[tokio::test]
+async fn when_the_broker_goes_away_answers_are_awaited_and_the_rest_goes_to_the_next() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let sent = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    connection.go_away().await;
+    patient(async {
+        while client.is_connected() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert_eq!(patient(sent).await.unwrap().offset, Some(Offset(0)));
+    patient(connection.connection.closed()).await;
+    let later = producer.try_send(Message::new("b")).unwrap();
+    let connection = broker.accept().await;
+    let (_, mut stream) = connection.producer(1, WIDE).await;
+    assert_eq!(stream.publish().await.previous, Sequence(1));
+    stream.ack(2, 1, 1, AckKind::Appended).await;
+    assert_eq!(patient(later).await.unwrap().offset, Some(Offset(1)));
+}
+
+#[tokio::test]
 async fn a_forgotten_anonymous_producer_begins_anew() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

@@ -13,7 +13,7 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use millpond_client::{Client, ClientBuilder, Message, SubscriptionMode};
 use millpond_protocol::control::{
-    ConsumerOpened, Hello, LeaseName, OpenConsumer, OpenProducer, ProducerOpened, Request,
+    ConsumerOpened, GoAway, Hello, LeaseName, OpenConsumer, OpenProducer, ProducerOpened, Request,
     RequestFrame, Response, ResponseFrame, Welcome,
 };
 use millpond_protocol::frame::{self, Frame, FrameType};
@@ -202,6 +202,15 @@ impl FakeConnection {
             .write_bytes(frame::empty(FrameType::SettlementsOpened))
             .await;
         (open, deliveries, settlements)
+    }
+
+    /// Asks the client to leave.
+    pub async fn go_away(&mut self) {
+        let away = GoAway {
+            deadline_ms: 60_000,
+            reason: "test".to_owned(),
+        };
+        self.control.write(FrameType::GoAway, &away).await;
     }
 
     /// Breaks the connection.

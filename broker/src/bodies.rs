@@ -13,7 +13,7 @@ use millpond_protocol::{Offset, Stamp, TopicId};
 use millpond_queue::PUBLISH_FIXED_BYTES;
 use millpond_queue::Place;
 use millpond_wal::storage::Storage;
-use millpond_wal::{LogReader, ReadError, Row};
+use millpond_wal::{LogReader, ReadError, RecordBytes, Row};
 use parking_lot::RwLock;
 use tokio::sync::Semaphore;
 
@@ -137,18 +137,13 @@ impl<S: Storage> Bodies<S> {
     }
 
     /// One record's bytes, for the story of a dead letter.
-    pub async fn record(&self, place: Place) -> Result<(u8, Bytes), BodyError> {
+    pub async fn record(&self, place: Place) -> Result<RecordBytes, BodyError> {
         let reader = self.reader.clone();
         let at = millpond_wal::Place {
             index: millpond_wal::LogIndex(place.index.0),
             record: place.record,
         };
-        let read = move || {
-            reader
-                .record(at)
-                .map(|r| (r.kind, r.body))
-                .map_err(|e| BodyError::Io(e.to_string()))
-        };
+        let read = move || reader.record(at).map_err(|e| BodyError::Io(e.to_string()));
         self.blocking(read).await
     }
 

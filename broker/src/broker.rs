@@ -37,6 +37,8 @@ const SURROUNDINGS_EVERY: Duration = Duration::from_millis(500);
 const CERTIFICATE_EVERY: Duration = Duration::from_secs(24 * 3_600);
 /// What a producer is told to wait under pressure.
 const PRESSURE_RETRY: Duration = Duration::from_millis(200);
+/// How often a draining broker looks whether all leases are settled.
+const SETTLED_EVERY: Duration = Duration::from_millis(20);
 /// How long connections may take to close once they were told.
 const CLOSE_WAIT: Duration = Duration::from_millis(500);
 
@@ -146,7 +148,10 @@ impl Broker {
             context.clone(),
             endpoint.clone(),
         )));
-        tasks.push(tokio::spawn(renew_certificate(config.clone(), endpoint.clone())));
+        tasks.push(tokio::spawn(renew_certificate(
+            config.clone(),
+            endpoint.clone(),
+        )));
         surroundings.inner.serving.store(true, Ordering::Release);
         Ok(Self {
             listen,
@@ -217,9 +222,9 @@ impl Broker {
         self.drain.send_replace(true);
         // A stopped shard has nothing to drain.
         let _ = self.context.shard.input(Input::Drain).await;
-        let left = self.endpoint.wait_idle();
-        // Whoever has not gone by then is disconnected; what it has not settled is released.
-        let _ = tokio::time::timeout(self.config.shutdown_grace(), left).await;
+        // Whoever has not settled by then is disconnected; what it holds is released.
+        let grace = self.config.shutdown_grace();
+        let _ = tokio::time::timeout(grace, settled(&self.endpoint, &self.context.shard)).await;
         self.endpoint
             .close(connection::closing_code(), b"the broker is shutting down");
         let _ = tokio::time::timeout(CLOSE_WAIT, self.endpoint.wait_idle()).await;
@@ -237,6 +242,16 @@ impl Broker {
             }
             Err(Some(fatal)) => Err(BrokerError::Close(fatal)),
             Err(None) => Err(BrokerError::Gone),
+        }
+    }
+}
+
+/// Resolves when nobody holds a lease any more, or nobody is connected.
+async fn settled(endpoint: &quinn::Endpoint, shard: &ShardHandle<Store>) {
+    while endpoint.open_connections() > 0 {
+        match shard.look(|shard| shard.queue().leases_held()).await {
+            Ok(0) | Err(_) => return,
+            Ok(_) => tokio::time::sleep(SETTLED_EVERY).await,
         }
     }
 }

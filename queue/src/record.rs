@@ -204,7 +204,7 @@ pub struct SettleEntry {
     pub history: Vec<HistoryItem>,
 }
 
-/// What memory held of a message when its lease was taken away.
+/// What memory held of a message when its lease was taken away; that failure is the last of `history`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Story {
     pub begun_at: Option<Stamp>,

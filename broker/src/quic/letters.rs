@@ -6,7 +6,8 @@ use millpond_protocol::control::{DeadLetterView, HistoryView, Outcome};
 use millpond_protocol::limits::HISTORY_MAX;
 use millpond_protocol::message::put_header;
 use millpond_protocol::{Offset, Stamp};
-use millpond_queue::{Expired, HistoryItem, Letter, Record};
+use millpond_queue::{Expired, HistoryItem, Letter, Record, SettleEntry};
+use millpond_wal::RecordBytes;
 use millpond_wal::storage::Storage;
 
 use crate::bodies::{Bodies, Run};
@@ -22,8 +23,8 @@ pub struct Story {
 /// Reads the record that made a message dead. If it cannot be read, the letter is told without it.
 pub async fn story<S: Storage>(bodies: &Bodies<S>, letter: &Letter) -> Story {
     match bodies.record(letter.place).await {
-        Ok((kind, body)) => match Record::decode(kind, &body) {
-            Ok(record) => from_record(&record, letter),
+        Ok(RecordBytes { kind, stamp, body }) => match Record::decode(kind, &body) {
+            Ok(record) => from_record(&record, Stamp(stamp), letter),
             Err(error) => unreadable(&error),
         },
         Err(error) => unreadable(&error),
@@ -37,12 +38,12 @@ fn unreadable(error: &dyn std::fmt::Display) -> Story {
     }
 }
 
-fn from_record(record: &Record<'_>, letter: &Letter) -> Story {
+fn from_record(record: &Record<'_>, stamp: Stamp, letter: &Letter) -> Story {
     let offset = letter.source_offset;
     match record {
         Record::Settle { items, .. } => match items.iter().find(|item| item.lease.offset == offset)
         {
-            Some(item) => settled(&item.outcome, &item.history),
+            Some(item) => settled(item, stamp),
             None => Story::default(),
         },
         Record::Expire(Expired::Processing { items, .. }) => {
@@ -76,17 +77,23 @@ fn from_record(record: &Record<'_>, letter: &Letter) -> Story {
     }
 }
 
-fn settled(outcome: &Outcome, history: &[HistoryItem]) -> Story {
-    let (code, text) = match outcome {
+/// The settlement itself is the last of its history; its record's stamp says when it was.
+fn settled(item: &SettleEntry, stamp: Stamp) -> Story {
+    let (code, text) = match &item.outcome {
         Outcome::Nack { code, reason, .. } | Outcome::Reject { code, reason, .. } => {
             (*code, reason.clone())
         }
         Outcome::Release { .. } | Outcome::Extend => (0, String::new()),
     };
+    let mut history = item.history.clone();
+    if let Some(last) = history.last_mut() {
+        last.at = stamp;
+        last.duration_ms = item.begun_at.map_or(0, |begun| stamp.ms_since(begun));
+    }
     Story {
         code,
         text,
-        history: history.to_vec(),
+        history,
     }
 }
 

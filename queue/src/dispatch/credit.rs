@@ -1,7 +1,9 @@
 //! What consumers say between records: credit, begin marks, signs of life, coming and going.
 //! Volatile: none of it is ever logged, and none of it changes what `apply` decides.
 
-use millpond_protocol::control::{LeaseName, MessageState};
+use std::sync::Arc;
+
+use millpond_protocol::control::{LeaseName, MessageState, Outcome};
 use millpond_protocol::hot::ConsumerCredit;
 use millpond_protocol::{ErrorCode, SessionId, Stamp};
 
@@ -9,8 +11,9 @@ use super::timers::Timer;
 use crate::effect::Attached;
 use crate::limits::SESSION_GRACE_MS;
 use crate::queue::Queue;
-use crate::record::SettleEntry;
+use crate::record::{FailureKind, SettleEntry};
 use crate::state::lease::{LeaseRun, Leases};
+use crate::state::redelivery::{Failure, history_with};
 use crate::state::session::{Clock, Session};
 
 impl Queue {
@@ -156,7 +159,7 @@ impl Queue {
         }
     }
 
-    /// Fills `begun_at` and `history` before a settlement is encoded.
+    /// Fills `begun_at` and `history`, the failure itself included, before a settlement is encoded.
     pub fn enrich(&self, id: SessionId, items: &mut [SettleEntry]) {
         let Some(session) = self.sessions.get(&id) else {
             return;
@@ -174,8 +177,20 @@ impl Queue {
             item.begun_at = run
                 .and_then(|run| run.begun)
                 .or(early.map(|clock| clock.at));
-            let retry = sub.retries.get(offset);
-            item.history = retry.map(|retry| retry.history_items()).unwrap_or_default();
+            let (kind, code) = match &item.outcome {
+                Outcome::Nack { code, .. } => (FailureKind::Nack, *code),
+                Outcome::Reject { code, .. } => (FailureKind::Reject, *code),
+                Outcome::Release { .. } | Outcome::Extend => continue,
+            };
+            let last = Failure {
+                // The record's own stamp says when; it comes later.
+                at: self.last,
+                duration_ms: item.begun_at.map_or(0, |begun| self.last.ms_since(begun)),
+                consumer: Arc::clone(&session.consumer),
+                kind,
+                code,
+            };
+            item.history = history_with(sub.retries.get(offset), &last);
         }
     }
 

@@ -1,6 +1,8 @@
 //! What happens by time alone, as proposals: timeouts, ends of life, retention, limits, idleness,
 //! the pace of redrives.
 
+use std::sync::Arc;
+
 use millpond_protocol::control::LeaseName;
 use millpond_protocol::policy::OnLimit;
 use millpond_protocol::{Delivery, Offset, SessionId, Stamp, SubscriptionId, TopicId};
@@ -10,9 +12,10 @@ use crate::apply::matches;
 use crate::effect::Proposal;
 use crate::limits::{EXPIRE_MAX, PRODUCER_IDLE_MS, REDRIVE_SCAN_MAX, REDRIVE_STEP_MAX};
 use crate::queue::Queue;
-use crate::record::{Expired, LeaseRange, OffsetRun, Overdue, Record, Story};
+use crate::record::{Expired, FailureKind, LeaseRange, OffsetRun, Overdue, Record, Story};
 use crate::state::lease::LeaseRun;
-use crate::state::session::Clock;
+use crate::state::redelivery::{Failure, history_with};
+use crate::state::session::{Clock, Session};
 use crate::state::subscription::Subscription;
 
 impl Queue {
@@ -207,7 +210,8 @@ impl Queue {
         let is_lost = session.live.deadline <= now;
         if is_lost && !(session.live.attached && session.is_empty()) {
             session.live.ending = true;
-            out.push(Proposal::Log(lost(sub, id)));
+            let last = failure(session, FailureKind::SessionLost, now);
+            out.push(Proposal::Log(lost(sub, id, &last)));
             return;
         }
         let processing = sub.config.processing_timeout_ms;
@@ -220,7 +224,10 @@ impl Queue {
             session.live.clocks.pop_front();
             for run in leased(sub, id, clock) {
                 match run.begun {
-                    Some(at) if at == clock.at => overdue.extend(overdue_items(sub, run)),
+                    Some(at) if at == clock.at => {
+                        let last = failure(session, FailureKind::ProcessingTimeout, now);
+                        overdue.extend(overdue_items(sub, run, last));
+                    }
                     Some(_) => {}
                     None => held.push(range(&run)),
                 }
@@ -335,11 +342,11 @@ fn trim(topic: TopicId, first: u64) -> Proposal {
 }
 
 /// The end of a session that gave no sign of life.
-fn lost(sub: &Subscription, id: SessionId) -> Record<'static> {
+fn lost(sub: &Subscription, id: SessionId, last: &Failure) -> Record<'static> {
     let runs = sub.leases.of(id);
     let begun: Vec<_> = runs.iter().filter(|run| run.begun.is_some()).collect();
     let story = match begun.as_slice() {
-        [run] if run.end - run.first == 1 => Some(story(sub, run)),
+        [run] if run.end - run.first == 1 => Some(story(sub, run, last)),
         _ => None,
     };
     let run = |run: &&LeaseRun| OffsetRun {
@@ -354,11 +361,22 @@ fn lost(sub: &Subscription, id: SessionId) -> Record<'static> {
     }
 }
 
-fn story(sub: &Subscription, run: &LeaseRun) -> Story {
-    let retry = sub.retries.get(run.first);
+fn story(sub: &Subscription, run: &LeaseRun, last: &Failure) -> Story {
+    let mut last = last.clone();
+    last.duration_ms = run.begun.map_or(0, |begun| last.at.ms_since(begun));
     Story {
         begun_at: run.begun,
-        history: retry.map(|retry| retry.history_items()).unwrap_or_default(),
+        history: history_with(sub.retries.get(run.first), &last),
+    }
+}
+
+fn failure(session: &Session, kind: FailureKind, now: Stamp) -> Failure {
+    Failure {
+        at: now,
+        duration_ms: 0,
+        consumer: Arc::clone(&session.consumer),
+        kind,
+        code: 0,
     }
 }
 
@@ -377,7 +395,11 @@ fn leased(sub: &Subscription, id: SessionId, clock: Clock) -> impl Iterator<Item
     })
 }
 
-fn overdue_items(sub: &Subscription, run: LeaseRun) -> impl Iterator<Item = Overdue> {
+fn overdue_items(
+    sub: &Subscription,
+    run: LeaseRun,
+    last: Failure,
+) -> impl Iterator<Item = Overdue> {
     (run.first..run.end).map(move |offset| {
         let end = offset + 1;
         let one = LeaseRun {
@@ -390,7 +412,7 @@ fn overdue_items(sub: &Subscription, run: LeaseRun) -> impl Iterator<Item = Over
                 offset: Offset(offset),
                 delivery: Delivery(run.delivery),
             },
-            story: story(sub, &one),
+            story: story(sub, &one, &last),
         }
     })
 }

@@ -69,17 +69,6 @@ impl Retry {
         self.history.push_back(failure);
     }
 
-    pub fn history_items(&self) -> Vec<HistoryItem> {
-        let item = |failure: &Failure| HistoryItem {
-            at: failure.at,
-            duration_ms: failure.duration_ms,
-            consumer: failure.consumer.to_string(),
-            outcome: failure.kind,
-            code: failure.code,
-        };
-        self.history.iter().map(item).collect()
-    }
-
     /// Whether its next hand-out is to be the only one of its session.
     pub fn is_alone(&self, max_attempts: u32) -> bool {
         self.suspect || (self.lost && self.failures + 1 >= max_attempts)
@@ -205,4 +194,21 @@ impl Retries {
         let bytes: u64 = self.entries.values().map(Retry::bytes).sum();
         assert_eq!(bytes, self.bytes, "retry state is counted");
     }
+}
+
+/// A message's failures with the one that happens now as the last: what a record tells of it.
+pub fn history_with(retry: Option<&Retry>, last: &Failure) -> Vec<HistoryItem> {
+    let before = retry.iter().flat_map(|retry| &retry.history);
+    let all = before.chain(std::iter::once(last));
+    let surplus = retry.map_or(0, |retry| {
+        (retry.history.len() + 1).saturating_sub(HISTORY_MAX)
+    });
+    let item = |failure: &Failure| HistoryItem {
+        at: failure.at,
+        duration_ms: failure.duration_ms,
+        consumer: failure.consumer.to_string(),
+        outcome: failure.kind,
+        code: failure.code,
+    };
+    all.skip(surplus).map(item).collect()
 }

@@ -144,8 +144,7 @@ pub fn report_usage(error: &clap::Error, format: Format) -> u8 {
     let asked_for = !error.use_stderr();
     let told = match (asked_for, format) {
         (false, Format::Json) => {
-            let message = text.lines().next().unwrap_or_default();
-            let message = message.strip_prefix("error: ").unwrap_or(message);
+            let message = sentence(&text);
             output::note(
                 json!({"error": {"code": null, "class": "usage", "message": message, "retriable": false}})
                     .to_string(),
@@ -158,6 +157,14 @@ pub fn report_usage(error: &clap::Error, format: Format) -> u8 {
         (true, _) => 0,
         (false, _) => USAGE,
     }
+}
+
+/// What clap says before it repeats the usage, on one line.
+fn sentence(text: &str) -> String {
+    let said = text.split("\n\n").next().unwrap_or_default();
+    let said = said.strip_prefix("error: ").unwrap_or(said);
+    let words: Vec<&str> = said.split_whitespace().collect();
+    words.join(" ")
 }
 
 /// The request failed and will fail again.
@@ -190,6 +197,12 @@ mod tests {
         assert_eq!(partial.exit_code(), PARTIAL);
         assert!(!partial.is_retriable());
         assert_eq!(partial.json()["error"]["class"], "request_fatal");
+    }
+
+    #[test]
+    fn a_usage_error_fits_on_a_line() {
+        let text = "error: these were not provided:\n  <TEXT>...\n\nUsage: millpond send";
+        assert_eq!(sentence(text), "these were not provided: <TEXT>...");
     }
 
     #[test]

@@ -3,13 +3,13 @@
 //! The child says where it is in one line of JSON on its standard output, and ends when its standard
 //! input does: whatever becomes of this process, no server is left behind.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
-use std::net::SocketAddr;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child as Process, Command};
 use tokio::time::{sleep, timeout};
@@ -100,6 +100,7 @@ impl Child {
 
 const START_MAX: Duration = Duration::from_secs(20);
 const STOP_MAX: Duration = Duration::from_secs(20);
-const SETTLE_MAX: Duration = Duration::from_secs(5);
-const SETTLE_QUIET: Duration = Duration::from_millis(300);
+const SETTLE_MAX: Duration = Duration::from_secs(15);
+/// Longer than a broker pauses between one spare segment and the next.
+const SETTLE_QUIET: Duration = Duration::from_secs(1);
 const SETTLE_STEP: Duration = Duration::from_millis(50);

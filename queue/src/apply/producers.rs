@@ -74,7 +74,8 @@ impl Queue {
                 last_sequence: Sequence(0),
             };
         };
-        if name.is_none() && resume.is_some_and(|resume| resume.epoch < epoch) {
+        // Whoever comes back as an older incarnation must not fence its successor.
+        if resume.is_some_and(|resume| resume.producer == key && resume.epoch < epoch) {
             return Outcome::Error(fenced());
         }
         let epoch = epoch.next();

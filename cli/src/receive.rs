@@ -10,7 +10,7 @@ mod stream;
 use std::time::Duration;
 
 use clap::Args;
-use millpond_client::{Client, Error, ErrorCode, StartAt, SubscriptionMode};
+use millpond_client::{Client, ErrorCode, StartAt, SubscriptionMode};
 use tokio::time::Instant;
 
 use crate::args::Global;
@@ -204,18 +204,6 @@ impl Pace {
             next = next => Turn::Next(next),
             () = idle => Turn::Idle,
         }
-    }
-}
-
-/// A settlement that came too late changes nothing and is no reason to end.
-fn judge(result: Result<(), (u64, Error)>) -> Result<(), Failure> {
-    match result {
-        Err((offset, error @ Error::LeaseLost { .. })) => {
-            crate::output::note(format!("warning: offset {offset}: {error}"));
-            Ok(())
-        }
-        Err((_, error)) => Err(error.into()),
-        Ok(()) => Ok(()),
     }
 }
 

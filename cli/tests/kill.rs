@@ -39,6 +39,7 @@ fn killed_while_publishing_nothing_is_lost_or_doubled() {
         input
             .write_all(lines(total, total + before).as_bytes())
             .unwrap();
+        broker.wait_for_offset("orders", total);
         broker.kill();
         total += before;
         input
@@ -70,7 +71,7 @@ fn killed_while_acknowledging_every_message_is_seen_and_none_is_left() {
     broker.good("topic create orders");
     broker.good("subscription create orders work");
     broker.good(&format!("send orders --file {}", input.path().display()));
-    let command = broker.command("receive orders work --timeout 5s --output json");
+    let command = broker.command("receive orders work --timeout 12s --output json");
     let seen = receive_and_kill(command, &mut broker, 400);
     assert_eq!(seen, (0..total).collect());
     let left = broker.json("subscription show orders work");
@@ -88,7 +89,7 @@ fn killed_while_dead_lettering_each_message_is_dead_exactly_once() {
     broker
         .good("subscription create orders work --max-attempts 3 --backoff-list 10ms --jitter none");
     broker.good(&format!("send orders --file {}", input.path().display()));
-    let command = broker.command("receive orders work --nack --timeout 5s --output json");
+    let command = broker.command("receive orders work --nack --timeout 12s --output json");
     let seen = receive_and_kill(command, &mut broker, 500);
     assert_eq!(seen, (0..total).collect());
     let letters = broker.json("dead-letters list orders work");

@@ -6,8 +6,7 @@ use millpond_client::{Client, Delivery, Error, Nack, Subscription};
 
 use super::seen::Seen;
 use super::{
-    EXEC_GRACE, Ending, PREFETCH_MAX, PRINT_BYTES, PRINT_MESSAGES, Pace, ReceiveArgs, Turn, judge,
-    stopped,
+    EXEC_GRACE, Ending, PREFETCH_MAX, PRINT_BYTES, PRINT_MESSAGES, Pace, ReceiveArgs, Turn, stopped,
 };
 use crate::exec::{self, Ended};
 use crate::failure::Failure;
@@ -39,7 +38,7 @@ pub async fn run(
     result
 }
 
-type Settled = Result<(), (u64, Error)>;
+type Settled = Result<(), Error>;
 
 async fn print(
     ending: Ending,
@@ -50,6 +49,7 @@ async fn print(
     let mut settling = FuturesUnordered::new();
     // Messages to be handed back are kept to the end, so that none comes twice.
     let mut held = Vec::new();
+    let mut late = Late::default();
     let mut result = Ok(());
     while !pace.is_over() && held.len() < HELD_MAX {
         let next = async {
@@ -61,7 +61,7 @@ async fn print(
         };
         let first = match pace.turn(next).await {
             Turn::Next(Came::Settled(settled)) => {
-                judge(settled)?;
+                late.judge(settled)?;
                 continue;
             }
             Turn::Next(Came::Message(Some(first))) => first?,
@@ -88,9 +88,40 @@ async fn print(
             .map(|delivery| settle(delivery, Ending::Release)),
     );
     while let Some(settled) = settling.next().await {
-        judge(settled)?;
+        late.judge(settled)?;
     }
     result
+}
+
+/// Settlements that came too late. They change nothing and are no reason to end; they are told
+/// together at the end.
+#[derive(Default)]
+struct Late {
+    count: u64,
+}
+
+impl Late {
+    fn judge(&mut self, settled: Settled) -> Result<(), Failure> {
+        match settled {
+            Err(Error::LeaseLost { .. }) => {
+                self.count += 1;
+                Ok(())
+            }
+            other => Ok(other?),
+        }
+    }
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        if self.count > 0 {
+            output::note(format!(
+                "warning: {} leases were lost before their messages were settled; those messages \
+                 are delivered again unless another has settled them",
+                self.count
+            ));
+        }
+    }
 }
 
 enum Came {
@@ -137,8 +168,7 @@ fn seen(delivery: &Delivery) -> Seen<'_> {
 }
 
 async fn settle(delivery: Delivery, ending: Ending) -> Settled {
-    let offset = delivery.offset().0;
-    let settled = match ending {
+    match ending {
         Ending::Ack => delivery.ack().await,
         Ending::Nack => {
             delivery
@@ -146,8 +176,7 @@ async fn settle(delivery: Delivery, ending: Ending) -> Settled {
                 .await
         }
         Ending::Release => delivery.release(None).await,
-    };
-    settled.map_err(|error| (offset, error))
+    }
 }
 
 const fn nack(code: u32, reason: String) -> Nack {
@@ -166,6 +195,7 @@ async fn execute(
 ) -> Result<(), Failure> {
     let mut running = FuturesUnordered::new();
     let concurrency = args.concurrency as usize;
+    let mut late = Late::default();
     let result = loop {
         if pace.is_over() && running.is_empty() {
             return Ok(());
@@ -184,7 +214,7 @@ async fn execute(
             }
         };
         match pace.turn(next).await {
-            Turn::Next(Came::Settled(settled)) => judge(settled)?,
+            Turn::Next(Came::Settled(settled)) => late.judge(settled)?,
             Turn::Next(Came::Message(Some(delivery))) => {
                 pace.took(1);
                 running.push(handle(args, command, delivery?));
@@ -197,7 +227,7 @@ async fn execute(
     // Commands that outlast the grace are killed as they are dropped; their messages come again.
     let finish = async {
         while let Some(settled) = running.next().await {
-            judge(settled)?;
+            late.judge(settled)?;
         }
         Ok(())
     };
@@ -209,12 +239,10 @@ async fn execute(
 
 async fn handle(args: &ReceiveArgs, command: &str, delivery: Delivery) -> Settled {
     let job = seen(&delivery).job(&args.topic, &args.subscription);
-    let offset = delivery.offset().0;
-    let settled = match exec::run(command, job).await {
+    match exec::run(command, job).await {
         Ended::Well => delivery.ack().await,
         Ended::Badly { code, reason } => delivery.nack(nack(code, reason)).await,
-    };
-    settled.map_err(|error| (offset, error))
+    }
 }
 
 /// Most settlements that are on their way at once.

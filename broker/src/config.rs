@@ -136,8 +136,9 @@ impl MemoryConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// Bytes after which a segment is sealed. Default 256 MiB; 1 MiB to 4 GiB. Space comes back
-    /// in units of this.
+    /// Bytes after which a segment is sealed. Default 72 MiB; 1 MiB to 4 GiB. Space comes back
+    /// in units of this. A snapshot ends its segment too, so a little more than
+    /// `snapshot_every_bytes` wastes the least of what was filled with zeros ahead.
     pub segment_bytes: u64,
     /// Log bytes after which a snapshot is written, which bounds what a restart replays to about
     /// twice this. Default 64 MiB; at least 1 MiB.
@@ -153,7 +154,7 @@ pub struct LogConfig {
 impl Default for LogConfig {
     fn default() -> Self {
         Self {
-            segment_bytes: 256 << 20,
+            segment_bytes: 72 << 20,
             snapshot_every_bytes: 64 << 20,
             mmap: true,
             spare_segments: 2,

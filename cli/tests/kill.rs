@@ -3,6 +3,8 @@
 //!
 //! `MILLPOND_KILL_ROUNDS` says how often each test kills; the default keeps the suite short.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests fails as a test does")]
+
 mod common;
 
 use std::collections::BTreeSet;

@@ -1,5 +1,6 @@
 //! A real broker process on free ports, and client commands that talk to it.
 
+#![allow(clippy::unwrap_used, reason = "a helper of tests fails as a test does")]
 #![allow(dead_code, reason = "each test file uses its own part of the harness")]
 
 use std::io::{BufRead, BufReader, Read};

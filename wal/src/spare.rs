@@ -9,7 +9,7 @@ use std::io;
 
 use crate::buffer::BufferPool;
 use crate::error::JobError;
-use crate::storage::{Storage, StorageFile};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 
 /// Makes one spare segment. [`run`](Self::run) writes `segment_bytes` of zeros.
 pub struct SpareJob<S: Storage> {
@@ -70,7 +70,12 @@ impl<S: Storage> SpareJob<S> {
         let mut at = 0;
         while at < self.bytes {
             let step = FILL_BYTES.min((self.bytes - at) as usize);
-            file.write_at(at, &zeros[..step])?;
+            // Past the page cache: copying zeros through it costs ten times the processor time.
+            if step.is_multiple_of(BLOCK_BYTES) {
+                file.write_durable_at(at, &zeros[..step])?;
+            } else {
+                file.write_at(at, &zeros[..step])?;
+            }
             at += step as u64;
         }
         file.sync_data()?;

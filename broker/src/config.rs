@@ -205,9 +205,9 @@ pub struct QuicConfig {
     /// Longest time from the first packet to an authenticated hello. Default 5,000 ms; 100 to
     /// 60,000.
     pub handshake_deadline_ms: u64,
-    /// Streams that one connection may have open. Default 256; 4 to 4,096.
+    /// Streams that one connection may have open. Default 1,100; 4 to 4,096.
     pub streams_max: u32,
-    /// Bytes a peer may send ahead of being read, per stream. Default 4 MiB; 64 KiB to 64 MiB.
+    /// Bytes a peer may send ahead of being read, per stream. Default 1 MiB; 64 KiB to 64 MiB.
     /// Bandwidth of one stream is at most this per round trip.
     pub stream_window_bytes: u32,
     /// Bytes written to a peer and not yet acknowledged by it, per connection. Default 8 MiB;
@@ -223,8 +223,8 @@ impl Default for QuicConfig {
             idle_timeout_ms: 6_000,
             keep_alive_ms: 2_000,
             handshake_deadline_ms: 5_000,
-            streams_max: 256,
-            stream_window_bytes: 4 << 20,
+            streams_max: 1_100,
+            stream_window_bytes: 1 << 20,
             send_window_bytes: 8 << 20,
         }
     }

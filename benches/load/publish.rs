@@ -11,11 +11,16 @@ use millpond_client::{Client, Message, Producer, Receipt, TopicConfig};
 use crate::sample::{Meter, Sample};
 use crate::scenarios::Bench;
 
+/// Messages that each producer may at least have on their way.
+const WINDOW_EACH_MIN: usize = 64;
+
 /// Keeps a window of messages on their way to `topics` topics, turn by turn.
 pub async fn pipelined(bench: &Bench<'_>, topics: usize, message_bytes: usize) -> Result<Sample> {
     let client = bench.connect("bench-publisher").await?;
     let pace = bench.plan.pace;
-    let mut pump = Pump::open(&client, topics, message_bytes, bench.plan.window).await?;
+    // Every producer pipelines, however many there are.
+    let window = bench.plan.window.max(topics * WINDOW_EACH_MIN);
+    let mut pump = Pump::open(&client, topics, message_bytes, window).await?;
     let messages_max = pace.bytes_max / message_bytes as u64;
     pump.run(Instant::now() + pace.warm_up, messages_max, None)
         .await?;

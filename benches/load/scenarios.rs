@@ -49,7 +49,7 @@ impl Scenario {
     pub fn what(self) -> &'static str {
         match self {
             Self::Publish1k => "1 KiB, one pipelining producer; latency: enqueue to durable",
-            Self::Topics1000 => "1 KiB, the same window over 1,000 producers of one connection",
+            Self::Topics1000 => "1 KiB, 1,000 pipelining producers of one connection, a topic each",
             Self::ConsumeAck1k => "1 KiB from a backlog, acked one by one; latency: ack to durable",
             Self::Publish128 => "as publish_1k with 128 B",
             Self::ConsumeAck128 => "as consume_ack_1k with 128 B",

@@ -11,7 +11,6 @@ use tokio::io::{AsyncReadExt, stdin};
 use crate::args::{Args, Role};
 use crate::child::Greeting;
 use crate::raw_quic;
-use crate::scenarios::TOPICS_MANY;
 
 pub async fn serve(role: Role, args: &Args) -> Result<()> {
     let dir = args.dir.as_deref().context("a child is given its folder")?;
@@ -21,8 +20,7 @@ pub async fn serve(role: Role, args: &Args) -> Result<()> {
     }
 }
 
-/// A broker as `millpond serve` starts it, but for its address and the streams that a connection
-/// with a producer for each of many topics needs.
+/// A broker as `millpond serve` starts it, but for its addresses.
 async fn broker(dir: &Path, mtu: u16) -> Result<()> {
     let mut config = Config {
         data: dir.to_owned(),
@@ -31,10 +29,6 @@ async fn broker(dir: &Path, mtu: u16) -> Result<()> {
         ..Config::default()
     };
     config.quic.max_mtu = mtu;
-    config.quic.streams_max = config
-        .quic
-        .streams_max
-        .max(TOPICS_MANY as u32 + STREAMS_SPARE);
     let broker = Broker::start(config).await?;
     let ca = dir.join("bench-ca.pem");
     std::fs::write(&ca, broker.ca_pem()?)?;
@@ -78,7 +72,4 @@ async fn parent_gone() {
     let mut none = [0; 1];
     while matches!(stdin().read(&mut none).await, Ok(1..)) {}
 }
-
-/// Streams besides producers: control, consumers.
-const STREAMS_SPARE: u32 = 64;
 const STOP_MAX: Duration = Duration::from_secs(15);

@@ -1,0 +1,121 @@
+//! The simulator: the real shard, queue and log over a simulated disk, clock and network, from one
+//! seed; an oracle judges what came of it.
+//!
+//! ```text
+//! plan ──▶ world: producers, consumers, admin ⇄ wire ⇄ door ⇄ shard (real) ⇄ disk (simulated)
+//!            └──▶ history ──▶ oracle ──▶ violations, each by the name of its invariant
+//! ```
+//!
+//! `MILLPOND_SIM_SEED=7 cargo test --test sim replay -- --nocapture` runs one seed and shows all that
+//! happened; `MILLPOND_SIM_SECONDS` says how long `worlds_break_no_invariant` runs.
+
+mod admin;
+mod client;
+mod consumer;
+mod disk;
+mod door;
+mod history;
+mod observe;
+mod oracle;
+mod plan;
+mod producer;
+mod rng;
+mod stats;
+mod wire;
+mod world;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::{Duration, Instant};
+
+use oracle::judge;
+use stats::Stats;
+use world::{Options, World};
+
+/// Seeds of the default run: always the same ones, so that it fails for everybody or for nobody.
+const SEEDS: u64 = 200;
+
+/// What is wrong with the world of a seed, if anything is.
+fn run(seed: u64, options: Options) -> Result<(Stats, String), String> {
+    let world = || World::new(seed, options).run();
+    let outcome = catch_unwind(AssertUnwindSafe(world)).map_err(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or(panic.downcast_ref::<&str>().copied());
+        format!("panic: {}", text.unwrap_or("without words"))
+    })?;
+    let violations = judge(&outcome.history);
+    if violations.is_empty() {
+        let mut stats = outcome.stats;
+        stats.histories = 1;
+        return Ok((stats, outcome.trace));
+    }
+    let lines: Vec<_> = violations.iter().map(ToString::to_string).collect();
+    let trace = outcome.trace;
+    Err(format!("{}\n{trace}", lines.join("\n")))
+}
+
+fn replay_command(seed: u64) -> String {
+    format!("MILLPOND_SIM_SEED={seed} cargo test --test sim replay -- --nocapture")
+}
+
+fn number(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(text.parse().expect("a number"))
+}
+
+#[test]
+fn worlds_break_no_invariant() {
+    let until = number("MILLPOND_SIM_SECONDS").map(|s| Instant::now() + Duration::from_secs(s));
+    let first = number("MILLPOND_SIM_FIRST").unwrap_or(0);
+    let mut stats = Stats::default();
+    let mut failed = Vec::new();
+    for seed in first.. {
+        let is_over = match until {
+            Some(until) => Instant::now() >= until,
+            None => seed - first >= SEEDS,
+        };
+        if is_over {
+            break;
+        }
+        match run(seed, Options::default()) {
+            Ok((more, _)) => stats += more,
+            Err(what) => {
+                let first = what.lines().next().unwrap_or_default();
+                println!("seed {seed}: {first}\n  {}", replay_command(seed));
+                failed.push(seed);
+            }
+        }
+    }
+    for (name, value) in stats.all() {
+        println!("durability: sim_{name} {value}");
+    }
+    assert!(
+        failed.is_empty(),
+        "{} seeds failed: {failed:?}",
+        failed.len()
+    );
+    assert!(
+        stats.recoveries > stats.histories,
+        "nothing ever crashed: {stats:?}"
+    );
+}
+
+#[test]
+fn the_same_seed_gives_the_same_trace() {
+    for seed in 0..8 {
+        let options = Options { trace: true };
+        let once = World::new(seed, options).run();
+        let again = World::new(seed, options).run();
+        assert!(once.trace == again.trace, "seed {seed} differs from itself");
+        assert!(once.trace.lines().count() > 100, "seed {seed} does nothing");
+    }
+}
+
+/// Runs the seed of `MILLPOND_SIM_SEED`, or the first, and shows it.
+#[test]
+fn replay() {
+    let seed = number("MILLPOND_SIM_SEED").unwrap_or(0);
+    match run(seed, Options { trace: true }) {
+        Ok((stats, trace)) => println!("{trace}{stats:?}"),
+        Err(what) => panic!("seed {seed}: {what}"),
+    }
+}

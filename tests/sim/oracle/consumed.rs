@@ -1,0 +1,493 @@
+//! I5 to I7: what consumers were given, what they said, and where every message ended.
+
+use std::collections::BTreeMap;
+
+use millpond_protocol::control::DeadReason;
+
+use super::Invariant::{I1, I4, I5, I6, I7};
+use super::Verdict;
+use super::published::Published;
+use crate::history::{
+    Admin, Delivery, End, Event, History, How, LetterSeen, Settling, SubEnd, SubNo, SubRules,
+};
+
+#[derive(Debug)]
+pub struct Consumed {
+    subs: Vec<Sub>,
+    /// Taken in, not answered.
+    settling: BTreeMap<u64, Settle>,
+    committing: BTreeMap<u64, (SubNo, u64, usize)>,
+    /// Counts processes.
+    process: u64,
+}
+
+#[derive(Debug)]
+struct Sub {
+    rules: SubRules,
+    messages: BTreeMap<u64, Message>,
+    /// The last seek, redrive or purge that may have changed what is known.
+    upset: Option<usize>,
+    was_sought: bool,
+    was_redriven: bool,
+    letters_were_purged: bool,
+    floor: u64,
+    /// Stream mode: who reads, and which offset comes next.
+    reading: Option<(u64, u64)>,
+}
+
+#[derive(Debug, Default)]
+struct Message {
+    last: Option<Last>,
+    deliveries: u64,
+    /// Failures that were answered, and those that may have been.
+    nacked: u64,
+    was_rejected: bool,
+    ack: Ack,
+}
+
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+enum Ack {
+    #[default]
+    None,
+    /// Asked for, not answered.
+    Maybe,
+    Done,
+}
+
+/// The last delivery, and what was said of it.
+#[derive(Copy, Clone, Debug)]
+struct Last {
+    delivery: Delivery,
+    event: usize,
+    process: u64,
+    begun: bool,
+    said: Option<Said>,
+}
+
+#[derive(Copy, Clone, Debug)]
+struct Said {
+    how: How,
+    at: u64,
+    is_answered: bool,
+}
+
+#[derive(Debug)]
+struct Settle {
+    sub: SubNo,
+    session: u64,
+    items: Vec<Settling>,
+    event: usize,
+}
+
+impl Consumed {
+    pub fn new(history: &History) -> Self {
+        let subs = history.subs.iter().map(|rules| Sub {
+            rules: rules.clone(),
+            messages: BTreeMap::new(),
+            upset: None,
+            was_sought: false,
+            was_redriven: false,
+            letters_were_purged: false,
+            floor: 0,
+            reading: None,
+        });
+        Self {
+            subs: subs.collect(),
+            settling: BTreeMap::new(),
+            committing: BTreeMap::new(),
+            process: 0,
+        }
+    }
+
+    pub fn stopped(&mut self) {
+        self.process += 1;
+        for sub in &mut self.subs {
+            sub.reading = None;
+        }
+    }
+
+    pub fn see(&mut self, now: usize, event: &Event, verdict: &mut Verdict) {
+        match event {
+            Event::Delivered(delivery) => self.delivered(now, *delivery, verdict),
+            Event::Begun {
+                sub,
+                offset,
+                delivery,
+            } => {
+                let message = self.subs[*sub].messages.get_mut(offset);
+                let last = message.and_then(|message| message.last.as_mut());
+                if let Some(last) = last.filter(|last| last.delivery.delivery == *delivery) {
+                    last.begun = true;
+                }
+            }
+            Event::SettleTaken {
+                id,
+                sub,
+                session,
+                items,
+                at,
+            } => {
+                for item in items {
+                    self.subs[*sub].said(*session, *item, *at);
+                }
+                let settle = Settle {
+                    sub: *sub,
+                    session: *session,
+                    items: items.clone(),
+                    event: now,
+                };
+                self.settling.insert(*id, settle);
+            }
+            Event::Settled { id, refused } => {
+                if let Some(settle) = self.settling.remove(id) {
+                    self.subs[settle.sub].settled(&settle, refused);
+                }
+            }
+            Event::Active { sub, session, from } => {
+                self.subs[*sub].reading = Some((*session, *from));
+            }
+            Event::CommitTaken { id, sub, next } => {
+                self.committing.insert(*id, (*sub, *next, now));
+            }
+            Event::Committed { id, refused } => {
+                if let Some((sub, next, taken)) = self.committing.remove(id)
+                    && !refused
+                    && self.subs[sub].upset.is_none_or(|upset| upset < taken)
+                {
+                    let sub = &mut self.subs[sub];
+                    sub.floor = sub.floor.max(next);
+                }
+            }
+            Event::Floor { sub, floor } => self.subs[*sub].floor(now, *sub, *floor, verdict),
+            Event::Admin(admin) => self.upset(now, *admin),
+            _ => {}
+        }
+    }
+
+    pub fn end(&mut self, end: &End, published: &Published, verdict: &mut Verdict) {
+        for seen in &end.subs {
+            let sub = &mut self.subs[seen.sub];
+            sub.floor(usize::MAX, seen.sub, seen.floor, verdict);
+            if !sub.rules.is_stream {
+                sub.letters(seen, published, verdict);
+                if end.stuck.is_empty() {
+                    sub.account(seen, published, verdict);
+                }
+            }
+            sub.due_first(seen.sub, published, verdict);
+        }
+    }
+
+    fn delivered(&mut self, now: usize, delivery: Delivery, verdict: &mut Verdict) {
+        let process = self.process;
+        let sub = &mut self.subs[delivery.sub];
+        verdict.check(delivery.digest.is_some(), I1, || {
+            format!("event {now}: delivered without a body: {delivery:?}")
+        });
+        if sub.rules.is_stream {
+            sub.read(now, delivery, verdict);
+        } else {
+            sub.leased(now, process, delivery, verdict);
+        }
+    }
+
+    fn upset(&mut self, now: usize, admin: Admin) {
+        for (no, sub) in self.subs.iter_mut().enumerate() {
+            let is_meant = match admin {
+                Admin::Seek { sub } | Admin::Redrive { sub } | Admin::DeadPurge { sub } => {
+                    sub == no
+                }
+                Admin::Purge { topic } => sub.rules.topic == topic,
+            };
+            if is_meant {
+                sub.upset(now, admin);
+            }
+        }
+    }
+}
+
+impl Sub {
+    fn upset(&mut self, now: usize, admin: Admin) {
+        match admin {
+            Admin::Seek { .. } => {
+                self.was_sought = true;
+                self.floor = 0;
+                self.reading = None;
+            }
+            Admin::Purge { .. } => {
+                self.was_sought = true;
+                self.reading = None;
+            }
+            Admin::Redrive { .. } => self.was_redriven = true,
+            Admin::DeadPurge { .. } => {
+                self.letters_were_purged = true;
+                return;
+            }
+        }
+        self.upset = Some(now);
+        for message in self.messages.values_mut() {
+            if message.ack == Ack::Done && self.was_sought {
+                message.ack = Ack::Maybe;
+            }
+        }
+    }
+
+    fn read(&mut self, now: usize, delivery: Delivery, verdict: &mut Verdict) {
+        let Some((session, next)) = self.reading else {
+            return;
+        };
+        // A seek that is under way moves the reading without a notice to wait for.
+        if session == delivery.session {
+            verdict.check(delivery.offset == next, I4, || {
+                format!("event {now}: the stream goes on at {next}, not with {delivery:?}")
+            });
+            self.reading = Some((session, delivery.offset + 1));
+        }
+    }
+
+    fn leased(&mut self, now: usize, process: u64, new: Delivery, verdict: &mut Verdict) {
+        let upset = self.upset;
+        let message = self.messages.entry(new.offset).or_default();
+        verdict.check(message.ack != Ack::Done, I7, || {
+            format!("event {now}: acknowledged and delivered again: {new:?}")
+        });
+        verdict.check(new.attempt <= self.rules.max_attempts, I6, || {
+            format!(
+                "event {now}: more than {} attempts: {new:?}",
+                self.rules.max_attempts
+            )
+        });
+        let before = message.last.replace(Last {
+            delivery: new,
+            event: now,
+            process,
+            begun: false,
+            said: None,
+        });
+        message.deliveries += 1;
+        let Some(before) = before else {
+            if upset.is_none() {
+                verdict.check(new.attempt == 1, I6, || {
+                    format!("event {now}: the first attempt has another number: {new:?}")
+                });
+            }
+            return;
+        };
+        verdict.check(
+            before.process != process || new.delivery > before.delivery.delivery,
+            I6,
+            || {
+                format!(
+                    "event {now}: the lease {:?} is given again: {new:?}",
+                    before.delivery
+                )
+            },
+        );
+        // Counters may have begun anew.
+        if upset.is_none_or(|upset| upset < before.event) {
+            self.again(now, before, new, verdict);
+        }
+    }
+
+    /// A redelivery: counted rightly, and not too early.
+    fn again(&self, now: usize, before: Last, new: Delivery, verdict: &mut Verdict) {
+        let (old, attempt) = (before.delivery, new.attempt);
+        let nack = before
+            .said
+            .filter(|said| matches!(said.how, How::Nack { .. }));
+        let may_have_failed = before.begun || nack.is_some();
+        let right = match nack {
+            Some(said) if said.is_answered => attempt == old.attempt + 1,
+            _ if may_have_failed => attempt == old.attempt || attempt == old.attempt + 1,
+            _ => attempt == old.attempt,
+        };
+        verdict.check(right, I6, || {
+            format!(
+                "event {now}: after attempt {} of {before:?} comes {new:?}",
+                old.attempt
+            )
+        });
+        let released = before.said.filter(|said| said.is_answered);
+        if let Some(said) = released
+            && let How::Release { delay_ms: Some(ms) } = said.how
+        {
+            verdict.check(new.at >= said.at + ms * 1_000, I5, || {
+                format!(
+                    "event {now}: released at {} for {ms} ms, delivered {new:?}",
+                    said.at
+                )
+            });
+        }
+        if attempt != old.attempt + 1 {
+            return;
+        }
+        let backoff_us = self.rules.least_wait_us(old.attempt);
+        let due = match nack {
+            Some(said) => {
+                let own_us = match said.how {
+                    How::Nack { delay_ms: Some(ms) } => ms * 1_000,
+                    _ => backoff_us,
+                };
+                match said.is_answered {
+                    true => said.at + own_us,
+                    // Something else may have ended the lease before.
+                    false => old.at + own_us.min(backoff_us),
+                }
+            }
+            None => old.at + backoff_us,
+        };
+        verdict.check(new.at >= due, I5, || {
+            format!("event {now}: due at {due} at the earliest after {before:?}, came {new:?}")
+        });
+    }
+
+    fn said(&mut self, session: u64, item: Settling, at: u64) {
+        let Some(message) = self.messages.get_mut(&item.offset) else {
+            return;
+        };
+        match item.how {
+            How::Extend => return,
+            How::Ack if message.ack == Ack::None => message.ack = Ack::Maybe,
+            How::Reject => message.was_rejected = true,
+            _ => {}
+        }
+        let last = message.last.as_mut();
+        let last = last.filter(|last| {
+            (last.delivery.session, last.delivery.delivery) == (session, item.delivery)
+        });
+        if let Some(last) = last
+            && last.said.is_none()
+        {
+            last.said = Some(Said {
+                how: item.how,
+                at,
+                is_answered: false,
+            });
+        }
+    }
+
+    fn settled(&mut self, settle: &Settle, refused: &[usize]) {
+        let is_clear = self.upset.is_none_or(|upset| upset < settle.event);
+        for (ordinal, item) in settle.items.iter().enumerate() {
+            let Some(message) = self.messages.get_mut(&item.offset) else {
+                continue;
+            };
+            let is_good = refused.binary_search(&ordinal).is_err();
+            if is_good && item.how == How::Ack && is_clear {
+                message.ack = Ack::Done;
+            }
+            let last = message.last.as_mut().filter(|last| {
+                (last.delivery.session, last.delivery.delivery) == (settle.session, item.delivery)
+            });
+            let Some(last) = last else {
+                continue;
+            };
+            match &mut last.said {
+                Some(said) if is_good && said.how == item.how => {
+                    if !said.is_answered && matches!(said.how, How::Nack { .. }) {
+                        message.nacked += 1;
+                    }
+                    said.is_answered = true;
+                }
+                Some(said) if said.how == item.how && !said.is_answered => last.said = None,
+                _ => {}
+            }
+        }
+    }
+
+    fn floor(&mut self, now: usize, no: SubNo, floor: u64, verdict: &mut Verdict) {
+        verdict.check(floor >= self.floor, I7, || {
+            format!(
+                "event {now}: subscription {no} is back at {floor} from {}",
+                self.floor
+            )
+        });
+        self.floor = floor;
+    }
+
+    /// Dead exactly once, and for a reason.
+    fn letters(&self, seen: &SubEnd, published: &Published, verdict: &mut Verdict) {
+        let no = seen.sub;
+        let mut offsets: Vec<_> = seen.letters.iter().map(|letter| letter.offset).collect();
+        offsets.sort_unstable();
+        for pair in offsets.windows(2) {
+            verdict.check(pair[0] != pair[1], I6, || {
+                format!("offset {} of subscription {no} is dead twice", pair[0])
+            });
+        }
+        for letter in &seen.letters {
+            self.letter(no, letter, published, verdict);
+        }
+    }
+
+    fn letter(&self, no: SubNo, letter: &LetterSeen, published: &Published, verdict: &mut Verdict) {
+        let none = Message::default();
+        let message = self.messages.get(&letter.offset).unwrap_or(&none);
+        verdict.check(message.ack != Ack::Done, I6, || {
+            format!("subscription {no}: acknowledged and dead: {letter:?}")
+        });
+        if self.upset.is_none() {
+            let possible = u64::from(letter.failures) <= message.deliveries
+                && u64::from(letter.failures) >= message.nacked;
+            verdict.check(possible, I6, || {
+                format!(
+                    "subscription {no}: {} nacks and {} deliveries made {letter:?}",
+                    message.nacked, message.deliveries
+                )
+            });
+        }
+        let sent = published.sent_at(self.rules.topic, letter.offset);
+        let right = match letter.reason {
+            DeadReason::MaxAttempts => letter.failures == self.rules.max_attempts,
+            DeadReason::Rejected => message.was_rejected,
+            DeadReason::MaxDeliveries => letter.deliveries >= self.rules.max_deliveries,
+            DeadReason::Expired => sent.is_none_or(|(sent, _)| sent.ttl_ms > 0),
+            DeadReason::MaxAge | DeadReason::Undecodable | DeadReason::Damaged => false,
+        };
+        verdict.check(right, I6, || {
+            format!(
+                "subscription {no}: dead without a reason: {letter:?}, attempts {}",
+                self.rules.max_attempts
+            )
+        });
+    }
+
+    /// Every message ended as acknowledged or dead.
+    fn account(&self, seen: &SubEnd, published: &Published, verdict: &mut Verdict) {
+        let topic = self.rules.topic;
+        if published.is_purged(topic) || self.letters_were_purged || self.was_sought {
+            return;
+        }
+        let mut dead: Vec<_> = seen.letters.iter().map(|letter| letter.offset).collect();
+        dead.sort_unstable();
+        for offset in published.offsets(topic) {
+            let ack = self
+                .messages
+                .get(&offset)
+                .map_or(Ack::None, |message| message.ack);
+            let is_dead = dead.binary_search(&offset).is_ok();
+            verdict.check(ack != Ack::None || is_dead, I6, || {
+                format!(
+                    "subscription {}: offset {offset} is finished, but nobody acknowledged it and it \
+                     is not dead",
+                    seen.sub
+                )
+            });
+        }
+    }
+
+    /// Delayed messages did not come before their time.
+    fn due_first(&self, no: SubNo, published: &Published, verdict: &mut Verdict) {
+        if self.rules.is_stream {
+            return;
+        }
+        for (offset, message) in &self.messages {
+            let sent = published.sent_at(self.rules.topic, *offset);
+            if let (Some((sent, taken)), Some(last)) = (sent, message.last) {
+                verdict.check(last.delivery.at >= taken + sent.delay_ms * 1_000, I5, || {
+                    format!("subscription {no}: {sent:?} taken in at {taken} came too early: {last:?}")
+                });
+            }
+        }
+    }
+}

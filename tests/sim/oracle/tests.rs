@@ -1,0 +1,415 @@
+//! The judge judged: a good history passes, and each way of spoiling it is named.
+
+use millpond_protocol::control::DeadReason;
+
+use super::{Invariant, judge};
+use crate::history::*;
+
+const SECOND: u64 = 1_000_000;
+
+fn sent(n: u64) -> Sent {
+    Sent {
+        sequence: n,
+        digest: 1_000 + n,
+        delay_ms: 0,
+        ttl_ms: 0,
+    }
+}
+
+fn producer() -> Identity {
+    Identity { key: 1, epoch: 1 }
+}
+
+fn send(messages: &[u64]) -> Event {
+    Event::Send {
+        producer: producer(),
+        topic: 0,
+        messages: messages.iter().map(|n| sent(*n)).collect(),
+    }
+}
+
+fn taken(messages: &[u64], at: u64) -> Event {
+    let messages = messages.iter().map(|n| sent(*n)).collect();
+    Event::SendTaken { messages, at }
+}
+
+/// Sequence n stands at offset n - 1.
+fn accepted(messages: &[u64]) -> Event {
+    let placed = |n: &u64| Placed {
+        sequence: *n,
+        digest: sent(*n).digest,
+        offset: Some(n - 1),
+        is_duplicate: false,
+    };
+    Event::Accepted {
+        producer: producer(),
+        topic: 0,
+        messages: messages.iter().map(placed).collect(),
+    }
+}
+
+fn seen(messages: &[u64]) -> Vec<TopicSeen> {
+    let one = |n: &u64| Seen {
+        offset: n - 1,
+        sequence: *n,
+        digest: sent(*n).digest,
+    };
+    vec![TopicSeen {
+        topic: 0,
+        from: 0,
+        first_kept: 0,
+        next: messages.len() as u64,
+        messages: messages.iter().map(one).collect(),
+    }]
+}
+
+fn started(messages: &[u64]) -> Event {
+    Event::Started {
+        at: 0,
+        topics: seen(messages),
+    }
+}
+
+fn delivered(n: u64, delivery: u32, attempt: u32, at: u64) -> Event {
+    Event::Delivered(Delivery {
+        sub: 0,
+        session: 5,
+        offset: n - 1,
+        delivery,
+        attempt,
+        digest: Some(sent(n).digest),
+        at,
+    })
+}
+
+fn settle(id: u64, n: u64, delivery: u32, how: How, at: u64) -> [Event; 2] {
+    let item = Settling {
+        offset: n - 1,
+        delivery,
+        how,
+    };
+    let taken = Event::SettleTaken {
+        id,
+        sub: 0,
+        session: 5,
+        items: vec![item],
+        at,
+    };
+    let refused = Vec::new();
+    [taken, Event::Settled { id, refused }]
+}
+
+fn begun(n: u64, delivery: u32) -> Event {
+    Event::Begun {
+        sub: 0,
+        offset: n - 1,
+        delivery,
+    }
+}
+
+/// Three messages: the first acknowledged, the second after one failure, the third dead after two.
+fn good() -> History {
+    let nack = How::Nack { delay_ms: None };
+    let mut events = vec![
+        started(&[]),
+        send(&[1, 2, 3]),
+        taken(&[1, 2, 3], 0),
+        accepted(&[1, 2, 3]),
+        delivered(1, 1, 1, SECOND),
+        delivered(2, 1, 1, SECOND),
+        delivered(3, 1, 1, SECOND),
+        begun(1, 1),
+        begun(2, 1),
+    ];
+    events.extend(settle(1, 1, 1, How::Ack, SECOND));
+    events.extend(settle(2, 2, 1, nack, 2 * SECOND));
+    events.extend(settle(3, 3, 1, nack, 2 * SECOND));
+    events.push(Event::Floor { sub: 0, floor: 1 });
+    events.push(Event::Stopped);
+    events.push(started(&[1, 2, 3]));
+    events.push(delivered(2, 2, 2, 3 * SECOND));
+    events.push(delivered(3, 2, 2, 3 * SECOND));
+    events.extend(settle(4, 2, 2, How::Ack, 3 * SECOND));
+    events.extend(settle(5, 3, 2, nack, 3 * SECOND));
+    events.push(Event::End(End {
+        topics: seen(&[1, 2, 3]),
+        subs: vec![SubEnd {
+            sub: 0,
+            floor: 3,
+            backlog: 0,
+            letters: vec![letter(3)],
+        }],
+        stuck: Vec::new(),
+    }));
+    History {
+        topics: vec![TopicRules { keeps_all: true }],
+        subs: vec![SubRules {
+            topic: 0,
+            is_stream: false,
+            max_attempts: 2,
+            max_deliveries: 100,
+            least_waits_ms: vec![1_000],
+        }],
+        events,
+    }
+}
+
+fn letter(n: u64) -> LetterSeen {
+    LetterSeen {
+        offset: n - 1,
+        reason: DeadReason::MaxAttempts,
+        failures: 2,
+        deliveries: 2,
+        redrives: 0,
+    }
+}
+
+/// The good history, spoiled.
+fn spoiled(spoil: impl FnOnce(&mut Vec<Event>)) -> Vec<Invariant> {
+    let mut history = good();
+    spoil(&mut history.events);
+    judge(&history)
+        .into_iter()
+        .map(|violation| violation.invariant)
+        .collect()
+}
+
+fn position(events: &[Event], is_it: impl Fn(&Event) -> bool) -> usize {
+    events
+        .iter()
+        .position(is_it)
+        .expect("the good history has one")
+}
+
+fn end(events: &mut [Event]) -> &mut End {
+    match events.last_mut() {
+        Some(Event::End(end)) => end,
+        other => panic!("the last event is the end, not {other:?}"),
+    }
+}
+
+fn last_start(events: &mut [Event]) -> &mut Vec<TopicSeen> {
+    let starts = events.iter_mut().filter_map(|event| match event {
+        Event::Started { topics, .. } => Some(topics),
+        _ => None,
+    });
+    starts.last().expect("the good history has one")
+}
+
+#[test]
+fn a_good_history_breaks_nothing() {
+    assert_eq!(judge(&good()), []);
+}
+
+#[test]
+fn an_acknowledged_message_that_is_gone_breaks_i1() {
+    let found = spoiled(|events| {
+        let topic = &mut last_start(events)[0];
+        topic.messages.pop();
+        topic.next = 2;
+    });
+    assert_eq!(found, [Invariant::I1]);
+}
+
+#[test]
+fn other_bytes_at_an_acknowledged_offset_break_i1() {
+    let found = spoiled(|events| {
+        let at = position(events, |event| matches!(event, Event::Delivered(_)));
+        events.insert(at, send(&[9]));
+        last_start(events)[0].messages[0].digest = sent(9).digest;
+    });
+    assert!(found.contains(&Invariant::I1), "{found:?}");
+}
+
+#[test]
+fn an_unreadable_message_in_the_middle_breaks_i1() {
+    let found = spoiled(|events| {
+        end(events).topics[0].messages.remove(1);
+    });
+    assert_eq!(found, [Invariant::I1]);
+}
+
+#[test]
+fn a_message_that_was_cut_off_and_comes_back_breaks_i2() {
+    let found = spoiled(|events| {
+        let stop = position(events, |event| *event == Event::Stopped);
+        events.insert(stop, send(&[4]));
+        let end = end(events);
+        end.topics = seen(&[1, 2, 3, 4]);
+        end.subs[0].letters.push(letter(4));
+    });
+    assert!(found.contains(&Invariant::I2), "{found:?}");
+}
+
+#[test]
+fn a_message_that_was_cut_off_and_sent_again_breaks_nothing() {
+    let found = spoiled(|events| {
+        let stop = position(events, |event| *event == Event::Stopped);
+        events.insert(stop, send(&[4]));
+        events.insert(stop + 3, send(&[4]));
+        let end = end(events);
+        end.topics = seen(&[1, 2, 3, 4]);
+        end.subs[0].letters.push(letter(4));
+    });
+    // Its letter has failures that no delivery made; the message itself is in order.
+    assert_eq!(found, [Invariant::I6]);
+}
+
+#[test]
+fn one_message_at_two_offsets_breaks_i3() {
+    let found = spoiled(|events| {
+        let topic = &mut end(events).topics[0];
+        topic.next = 4;
+        topic.messages.push(Seen {
+            offset: 3,
+            sequence: 1,
+            digest: sent(1).digest,
+        });
+    });
+    assert!(found.contains(&Invariant::I3), "{found:?}");
+}
+
+#[test]
+fn a_retry_with_another_offset_breaks_i3() {
+    let found = spoiled(|events| {
+        let placed = Placed {
+            sequence: 1,
+            digest: sent(1).digest,
+            offset: Some(7),
+            is_duplicate: true,
+        };
+        let at = position(events, |event| *event == Event::Stopped);
+        events.insert(
+            at,
+            Event::Accepted {
+                producer: producer(),
+                topic: 0,
+                messages: vec![placed],
+            },
+        );
+    });
+    assert!(found.contains(&Invariant::I3), "{found:?}");
+}
+
+#[test]
+fn a_batch_with_a_hole_breaks_i4() {
+    let found = spoiled(|events| {
+        let at = position(events, |event| matches!(event, Event::Accepted { .. }));
+        if let Event::Accepted { messages, .. } = &mut events[at] {
+            messages[2].offset = Some(3);
+        }
+    });
+    assert!(found.contains(&Invariant::I4), "{found:?}");
+}
+
+#[test]
+fn a_redelivery_before_its_time_breaks_i5() {
+    let found = spoiled(|events| {
+        let at = position(
+            events,
+            |event| matches!(event, Event::Delivered(delivery) if delivery.attempt == 2),
+        );
+        if let Event::Delivered(delivery) = &mut events[at] {
+            delivery.at = 3 * SECOND - 1;
+        }
+    });
+    assert_eq!(found, [Invariant::I5]);
+}
+
+#[test]
+fn a_delayed_message_before_its_time_breaks_i5() {
+    let found = spoiled(|events| {
+        for event in events {
+            if let Event::Send { messages, .. } = event {
+                messages[0].delay_ms = 2_000;
+            }
+        }
+    });
+    assert_eq!(found, [Invariant::I5]);
+}
+
+#[test]
+fn a_failure_counted_twice_breaks_i6() {
+    let found = spoiled(|events| {
+        let at = position(
+            events,
+            |event| matches!(event, Event::Delivered(delivery) if delivery.attempt == 2),
+        );
+        if let Event::Delivered(delivery) = &mut events[at] {
+            delivery.attempt = 3;
+        }
+    });
+    assert!(found.iter().all(|found| *found == Invariant::I6) && !found.is_empty());
+}
+
+#[test]
+fn dead_after_too_few_attempts_breaks_i6() {
+    let found = spoiled(|events| end(events).subs[0].letters[0].failures = 1);
+    assert!(found.iter().all(|found| *found == Invariant::I6) && !found.is_empty());
+}
+
+#[test]
+fn dead_and_acknowledged_breaks_i6() {
+    let found = spoiled(|events| end(events).subs[0].letters.push(letter(1)));
+    assert!(found.iter().all(|found| *found == Invariant::I6) && !found.is_empty());
+}
+
+#[test]
+fn neither_dead_nor_acknowledged_breaks_i6() {
+    let found = spoiled(|events| end(events).subs[0].letters.clear());
+    assert_eq!(found, [Invariant::I6]);
+}
+
+#[test]
+fn dead_twice_breaks_i6() {
+    let found = spoiled(|events| end(events).subs[0].letters.push(letter(3)));
+    assert_eq!(found, [Invariant::I6]);
+}
+
+#[test]
+fn a_floor_that_moves_back_breaks_i7_unless_it_was_sought() {
+    let back = |events: &mut Vec<Event>, more: &[Event]| {
+        let at = position(events, |event| *event == Event::Stopped);
+        events.splice(at..at, more.iter().cloned());
+    };
+    let zero = Event::Floor { sub: 0, floor: 0 };
+    let seek = Event::Admin(Admin::Seek { sub: 0 });
+    let one = std::slice::from_ref(&zero);
+    assert_eq!(spoiled(|events| back(events, one)), [Invariant::I7]);
+    assert_eq!(spoiled(|events| back(events, &[seek, zero.clone()])), []);
+}
+
+#[test]
+fn a_delivery_after_its_acknowledgement_breaks_i7() {
+    let found = spoiled(|events| {
+        let at = position(events, |event| *event == Event::Stopped);
+        events.insert(at, delivered(1, 2, 1, 2 * SECOND));
+    });
+    assert_eq!(found, [Invariant::I7]);
+}
+
+#[test]
+fn an_unknown_acknowledgement_breaks_nothing_either_way() {
+    let found = spoiled(|events| {
+        let at = position(events, |event| {
+            matches!(event, Event::Settled { id: 4, .. })
+        });
+        events.remove(at);
+    });
+    assert_eq!(found, []);
+}
+
+#[test]
+fn an_answer_after_a_failed_sync_breaks_i9() {
+    let found = spoiled(|events| {
+        let at = position(events, |event| *event == Event::Stopped);
+        events.splice(at..at, [Event::SyncFailed, Event::AnsweredAfterFailure]);
+    });
+    assert_eq!(found, [Invariant::I9]);
+}
+
+#[test]
+fn a_backlog_that_stays_breaks_i11() {
+    let found = spoiled(|events| end(events).stuck.push("subscription 0".to_owned()));
+    assert!(found.contains(&Invariant::I11), "{found:?}");
+}

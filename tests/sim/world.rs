@@ -1,0 +1,699 @@
+//! The world: one thread, one seed, one order of events.
+//!
+//! Owns simulated time and everything that happens in it: packets that arrive, rounds of the shard,
+//! jobs that finish, crashes, starts. A round does what the shard thread of the broker does, in the
+//! same order, so that an answer leaves only where it leaves there. While things go wrong for
+//! `Plan::chaos_us`; then the faults stop and everything has to come to rest.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt::Write;
+
+use millpond_broker::clock::ManualClock;
+use millpond_broker::shard::io::{Input, StreamId};
+use millpond_broker::shard::{Done, Fatal, Job, Outbox, Shard};
+use millpond_wal::sim::{Call, Failure, Fault};
+
+use crate::admin::Admin;
+use crate::client::{Act, Hands};
+use crate::consumer::Consumer;
+use crate::disk::Disk;
+use crate::door::Note;
+use crate::history::{End, Event, History};
+use crate::observe::{self, SimShard};
+use crate::plan::Plan;
+use crate::producer::Producer;
+use crate::rng::Rng;
+use crate::stats::Stats;
+use crate::wire::{ClientNo, Conn, ConnId, Conns, Down, Slot, Up};
+
+/// Wall time when a world begins: 2026-01-01.
+const WALL_US: u64 = 1_767_225_600_000_000;
+/// Time in which everything comes to rest once the faults have stopped, in microseconds: the longest
+/// delay and backoff, the grace of a session, and a multiple of what the work takes.
+const REST_US: u64 = 180_000_000;
+/// Most events of one world; more means that it turns in circles.
+const EVENTS_MAX: u64 = 400_000;
+/// Most crashes in a row while starting.
+const CRASHES_DEEP: u64 = 3;
+
+/// How a world is run.
+#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Keep a line for everything that happens.
+    pub trace: bool,
+}
+
+/// What came of it.
+pub struct Outcome {
+    pub history: History,
+    pub stats: Stats,
+    pub trace: String,
+}
+
+pub struct World {
+    pub(crate) rng: Rng,
+    pub(crate) plan: Plan,
+    pub(crate) disk: Disk,
+    clock: ManualClock,
+    /// Microseconds since the world began.
+    pub(crate) now: u64,
+    pub(crate) shard: Option<SimShard>,
+    /// The clock's anchor in its file.
+    anchor: Option<Vec<u8>>,
+    /// Counts processes.
+    process: u64,
+    pub(crate) inbox: VecDeque<Message>,
+    pub(crate) out: Outbox<Disk>,
+    next_round: Option<u64>,
+    events: BTreeMap<(u64, u64), Happening>,
+    next_event: u64,
+    pub(crate) conns: Conns,
+    next_conn: u64,
+    next_id: u64,
+    clients: Vec<Option<Client>>,
+    is_calm: bool,
+    pub(crate) history: History,
+    pub(crate) stats: Stats,
+    /// Up to where each topic has been seen.
+    seen_until: Vec<u64>,
+    trace: Option<String>,
+}
+
+/// For the shard.
+pub enum Message {
+    Input(Box<Input<()>>, Note),
+    Done(Done<Disk>),
+}
+
+enum Client {
+    Producer(Box<Producer>),
+    Consumer(Box<Consumer>),
+    Admin(Box<Admin>),
+}
+
+enum Happening {
+    Tick(ClientNo),
+    Arrive(ConnId, Slot, Up),
+    Return(ConnId, Down),
+    /// A client notices that its connection is gone.
+    ClientNotices(ConnId),
+    BrokerNotices(ConnId),
+    JobRuns(u64, Job<Disk>),
+    JobDone(u64, Done<Disk>),
+    Crash(u64),
+    DiskError,
+    Start {
+        deep: u64,
+    },
+    Calm,
+}
+
+impl World {
+    pub fn new(seed: u64, options: Options) -> Self {
+        let mut rng = Rng::new(seed);
+        let plan = Plan::draw(&mut rng);
+        let history = plan.history();
+        let mut clients = vec![Client::Admin(Box::new(Admin::new(&plan)))];
+        for (number, producer) in (0..).zip(&plan.producers) {
+            let producer = Producer::new(producer.clone(), number);
+            clients.push(Client::Producer(Box::new(producer)));
+        }
+        for (number, sub) in (0..).zip(&plan.consumers) {
+            let window = rng.between(1, 30);
+            clients.push(Client::Consumer(Box::new(Consumer::new(
+                *sub, number, window,
+            ))));
+        }
+        let disk = Disk::new(rng.next());
+        Self {
+            disk,
+            clock: ManualClock::new(WALL_US),
+            now: 0,
+            shard: None,
+            anchor: None,
+            process: 0,
+            inbox: VecDeque::new(),
+            out: Outbox::default(),
+            next_round: None,
+            events: BTreeMap::new(),
+            next_event: 0,
+            conns: BTreeMap::new(),
+            next_conn: 0,
+            next_id: 0,
+            clients: clients.into_iter().map(Some).collect(),
+            is_calm: false,
+            history,
+            stats: Stats::default(),
+            seen_until: vec![0; plan.topics.len()],
+            trace: options.trace.then(String::new),
+            rng,
+            plan,
+        }
+    }
+
+    /// Lets everything happen.
+    pub fn run(mut self) -> Outcome {
+        self.start(0);
+        for client in 0..self.clients.len() {
+            let wait = self.rng.below(10_000);
+            self.after(wait, Happening::Tick(client));
+        }
+        self.after(self.plan.chaos_us, Happening::Calm);
+        self.plan_crash();
+        self.plan_disk_error();
+        let mut rest_until = u64::MAX;
+        let mut steps = 0;
+        loop {
+            if self.is_calm && rest_until == u64::MAX {
+                rest_until = self.now + REST_US;
+            }
+            if self.is_calm && (self.is_at_rest() || self.now > rest_until) {
+                break;
+            }
+            steps += 1;
+            if steps > EVENTS_MAX {
+                break;
+            }
+            self.step();
+        }
+        self.stats.events += steps;
+        self.end();
+        Outcome {
+            history: self.history,
+            stats: self.stats,
+            trace: self.trace.unwrap_or_default(),
+        }
+    }
+
+    /// A line of the trace.
+    pub(crate) fn tell(&mut self, line: impl FnOnce() -> String) {
+        let now = self.now;
+        if let Some(trace) = &mut self.trace {
+            writeln!(trace, "{now} {}", line()).expect("a string takes everything");
+        }
+    }
+
+    pub(crate) fn note(&mut self, event: Event) {
+        if self.trace.is_some() {
+            let line = format!("{event:?}");
+            self.tell(|| line);
+        }
+        self.history.events.push(event);
+    }
+
+    /// A round soon.
+    pub(crate) fn wake(&mut self) {
+        let at = self.now + self.rng.below(self.plan.pace.round_us);
+        self.next_round = Some(self.next_round.map_or(at, |next| next.min(at)));
+    }
+
+    pub(crate) fn take_in(&mut self, input: Input<()>, note: Note) {
+        self.inbox.push_back(Message::Input(Box::new(input), note));
+        self.wake();
+    }
+
+    /// Sends something back to a client, behind what is on its way on that stream.
+    pub(crate) fn send_back(&mut self, stream: StreamId, down: Down) {
+        let (id, slot) = ConnId::of(stream);
+        let arrives = self.now + self.rng.wait(self.plan.pace.network_us);
+        let Some(conn) = self.conns.get_mut(&id) else {
+            return;
+        };
+        let at = arrives.max(conn.down_until[slot]);
+        conn.down_until[slot] = at;
+        self.at(at, Happening::Return(id, down));
+    }
+
+    fn after(&mut self, us: u64, happening: Happening) {
+        self.at(self.now + us, happening);
+    }
+
+    fn at(&mut self, at: u64, happening: Happening) {
+        self.next_event += 1;
+        self.events.insert((at, self.next_event), happening);
+    }
+
+    fn step(&mut self) {
+        let event = self
+            .events
+            .first_key_value()
+            .map_or(u64::MAX, |((at, _), _)| *at);
+        let round = match &self.shard {
+            Some(_) => self.next_round.unwrap_or(u64::MAX),
+            None => u64::MAX,
+        };
+        let at = event.min(round).max(self.now);
+        self.clock.advance_us(at - self.now);
+        self.now = at;
+        if round <= event {
+            self.round();
+        } else if let Some((_, happening)) = self.events.pop_first() {
+            self.happen(happening);
+        }
+    }
+
+    fn happen(&mut self, happening: Happening) {
+        match happening {
+            Happening::Tick(client) => self.with_client(client, |client, hands| client.tick(hands)),
+            Happening::Arrive(conn, slot, up) => self.arrive(conn, slot, up),
+            Happening::Return(id, down) => {
+                if let Some(conn) = self.conns.get(&id).filter(|conn| conn.client_open) {
+                    let client = conn.client;
+                    self.with_client(client, |client, hands| client.receive(id, down, hands));
+                }
+            }
+            Happening::ClientNotices(id) => {
+                if let Some(conn) = self.conns.get_mut(&id).filter(|conn| conn.client_open) {
+                    conn.client_open = false;
+                    let client = conn.client;
+                    self.with_client(client, |client, _| client.broken(id));
+                }
+                self.forget_conn(id);
+            }
+            Happening::BrokerNotices(id) => self.broker_notices(id),
+            Happening::JobRuns(process, job) if process == self.process && self.shard.is_some() => {
+                let done = job.run();
+                let wait = self.rng.wait(self.plan.pace.round_us);
+                self.after(wait, Happening::JobDone(process, done));
+            }
+            Happening::JobDone(process, done) if process == self.process => {
+                self.stats.count_job(&done);
+                self.inbox.push_back(Message::Done(done));
+                self.wake();
+            }
+            Happening::JobRuns(..) | Happening::JobDone(..) => {}
+            Happening::Crash(process) => {
+                if !self.is_calm {
+                    self.plan_crash();
+                    if process == self.process {
+                        self.crash_soon();
+                    }
+                }
+            }
+            Happening::DiskError => {
+                if !self.is_calm {
+                    self.plan_disk_error();
+                    self.fail_a_call();
+                }
+            }
+            Happening::Start { deep } => self.start(deep),
+            Happening::Calm => self.calm_down(),
+        }
+    }
+
+    fn with_client(&mut self, no: ClientNo, call: impl FnOnce(&mut Client, &mut Hands<'_>)) {
+        let Some(mut client) = self.clients[no].take() else {
+            return;
+        };
+        let told = self.history.events.len();
+        let mut hands = Hands {
+            rng: &mut self.rng,
+            plan: &self.plan,
+            history: &mut self.history,
+            is_up: self.shard.is_some(),
+            is_calm: self.is_calm,
+            now: self.now,
+            next_conn: &mut self.next_conn,
+            next_id: &mut self.next_id,
+            acts: Vec::new(),
+        };
+        call(&mut client, &mut hands);
+        let acts = hands.acts;
+        self.clients[no] = Some(client);
+        if self.trace.is_some() {
+            for at in told..self.history.events.len() {
+                let line = format!("{:?}", self.history.events[at]);
+                self.tell(|| line);
+            }
+        }
+        for act in acts {
+            self.act(no, act);
+        }
+    }
+
+    fn act(&mut self, client: ClientNo, act: Act) {
+        match act {
+            Act::Open(id) => {
+                self.conns.insert(id, Conn::new(client));
+            }
+            Act::Send(id, slot, up) => {
+                let arrives = self.now + self.rng.wait(self.plan.pace.network_us);
+                if let Some(conn) = self.conns.get_mut(&id).filter(|conn| conn.client_open) {
+                    let at = arrives.max(conn.up_until[slot]);
+                    conn.up_until[slot] = at;
+                    self.at(at, Happening::Arrive(id, slot, up));
+                }
+            }
+            Act::Break(id) => {
+                if let Some(conn) = self.conns.get_mut(&id) {
+                    conn.client_open = false;
+                    let wait = self.rng.wait(self.plan.pace.network_us * 2);
+                    self.after(wait, Happening::BrokerNotices(id));
+                }
+            }
+            Act::Tick(us) => self.after(us, Happening::Tick(client)),
+        }
+    }
+
+    pub(crate) fn forget_conn(&mut self, id: ConnId) {
+        if let Some(conn) = self.conns.get(&id)
+            && !conn.client_open
+            && !conn.broker_open
+        {
+            self.conns.remove(&id);
+        }
+    }
+
+    /// One round of the shard's thread.
+    fn round(&mut self) {
+        self.next_round = None;
+        let Some(mut shard) = self.shard.take() else {
+            return;
+        };
+        match self.try_round(&mut shard) {
+            Ok(()) => {
+                let wait = match shard.wait_us() {
+                    0 if self.inbox.is_empty() => 1 + self.rng.below(self.plan.pace.round_us),
+                    _ if !self.inbox.is_empty() => 1,
+                    us => us,
+                };
+                let at = self.now + wait;
+                self.next_round = Some(self.next_round.map_or(at, |next| next.min(at)));
+                self.shard = Some(shard);
+                self.stats.rounds += 1;
+            }
+            Err(fatal) => {
+                drop(shard);
+                self.died(&fatal);
+            }
+        }
+    }
+
+    fn try_round(&mut self, shard: &mut SimShard) -> Result<(), Fatal> {
+        while let Some(message) = self.inbox.pop_front() {
+            match message {
+                Message::Input(input, note) => {
+                    self.note_taken(note, shard);
+                    shard.input(*input, &mut self.out);
+                }
+                Message::Done(done) => shard.job_done(done)?,
+            }
+            if shard.is_group_full() {
+                break;
+            }
+        }
+        shard.commit_if_due(&mut self.out)?;
+        self.flush(shard);
+        shard.dispatch(&mut self.out);
+        shard.upkeep(&mut self.out)?;
+        self.flush(shard);
+        shard.vouch_if_due()?;
+        if self.rng.percent(5) {
+            self.show_floors(shard);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn start_job(&mut self, job: Job<Disk>) {
+        let wait = self.rng.wait(self.plan.pace.job_us);
+        self.after(wait, Happening::JobRuns(self.process, job));
+    }
+
+    fn show_floors(&mut self, shard: &SimShard) {
+        for sub in 0..self.plan.subs.len() {
+            if let Some(floor) = observe::floor(shard.queue(), &self.plan, sub) {
+                self.note(Event::Floor { sub, floor });
+            }
+        }
+    }
+
+    fn plan_crash(&mut self) {
+        let every = self.plan.faults.crash_every_us;
+        let wait = self.rng.between(every / 4, every * 7 / 4);
+        self.after(wait, Happening::Crash(self.process));
+    }
+
+    fn plan_disk_error(&mut self) {
+        let every = self.plan.faults.disk_error_every_us;
+        let wait = self.rng.between(every / 2, every * 3 / 2);
+        self.after(wait, Happening::DiskError);
+    }
+
+    /// At once between two rounds, or in the middle of one of the next calls to the disk.
+    fn crash_soon(&mut self) {
+        if self.shard.is_none() {
+            return;
+        }
+        if self.rng.percent(20) {
+            self.tell(|| "crash now".to_owned());
+            self.shard = None;
+            self.stop();
+        } else {
+            let calls = match self.rng.percent(70) {
+                true => self.rng.below(8),
+                false => self.rng.below(80),
+            };
+            self.tell(|| format!("crash in {calls} calls"));
+            self.disk.lose_power_after(calls);
+        }
+    }
+
+    fn fail_a_call(&mut self) {
+        let call = *self.rng.pick(&[
+            Call::Write,
+            Call::WriteDurable,
+            Call::WriteDurable,
+            Call::Sync,
+            Call::SyncDir,
+            Call::Create,
+            Call::Rename,
+            Call::Preallocate,
+        ]);
+        let fault = *self
+            .rng
+            .pick(&[Fault::Io, Fault::Io, Fault::NoSpace, Fault::Short]);
+        let skip = self.rng.below(4);
+        self.tell(|| format!("plan {fault:?} at {call:?} after {skip}"));
+        self.disk.fail(Failure {
+            call: Some(call),
+            skip,
+            fault,
+        });
+    }
+
+    /// The shard says that it cannot go on.
+    fn died(&mut self, fatal: &Fatal) {
+        let seen = self.disk.seen();
+        self.tell(|| format!("died: {fatal}; {}", seen.last_failure));
+        assert!(
+            seen.failed_calls > 0,
+            "the shard died although the disk did nothing wrong: {fatal}"
+        );
+        self.stop();
+    }
+
+    /// The process is gone: so are its inbox, its jobs and, soon, its connections.
+    fn stop(&mut self) {
+        self.note(Event::Stopped);
+        self.process += 1;
+        self.inbox.clear();
+        self.out = Outbox::default();
+        self.next_round = None;
+        let ids: Vec<_> = self.conns.keys().copied().collect();
+        for id in ids {
+            if let Some(conn) = self.conns.get_mut(&id) {
+                conn.broker_open = false;
+            }
+            let wait = self.rng.wait(self.plan.pace.network_us * 4);
+            self.after(wait, Happening::ClientNotices(id));
+        }
+        self.fall();
+        let wait = self.rng.wait(20_000);
+        self.after(wait, Happening::Start { deep: 0 });
+    }
+
+    /// What a crash does to the disk and the clocks.
+    fn fall(&mut self) {
+        let at_risk = self.disk.is_at_risk();
+        if self.rng.percent(self.plan.faults.power_percent) {
+            self.tell(|| "the power goes".to_owned());
+            self.stats.power_losses += 1;
+            self.stats.at_risk += u64::from(at_risk);
+            self.disk.lose_power();
+            self.clock.reboot();
+            if self.rng.percent(50) {
+                self.anchor = None;
+            }
+        } else {
+            self.tell(|| "the process dies".to_owned());
+            self.stats.process_deaths += 1;
+            self.disk.kill_process();
+        }
+        if self.rng.percent(self.plan.faults.wall_jump_percent) {
+            let hour = 3_600_000_000;
+            let wall = WALL_US + self.now - hour.min(self.now) + self.rng.below(2 * hour);
+            self.stats.wall_jumps += 1;
+            self.clock.set_wall_us(wall);
+        }
+    }
+
+    fn start(&mut self, deep: u64) {
+        if !self.is_calm
+            && deep < CRASHES_DEEP
+            && self.rng.percent(self.plan.faults.crash_again_percent)
+        {
+            let calls = self.rng.below(25);
+            self.tell(|| format!("crash in {calls} calls of starting"));
+            self.disk.lose_power_after(calls);
+        }
+        let opened = Shard::open(
+            self.disk.clone(),
+            self.clock.clone(),
+            self.anchor.as_deref(),
+            self.plan.log.clone(),
+        );
+        match opened {
+            Ok((mut shard, recovered)) => {
+                assert!(
+                    !recovered.damaged && !shard.gates().read_only,
+                    "damage although no byte was damaged: {:?}",
+                    recovered.report
+                );
+                self.anchor = Some(shard.anchor().to_vec());
+                self.stats.recovered(&recovered, deep);
+                self.tell(|| format!("started: {recovered:?}"));
+                self.started(&mut shard);
+                self.shard = Some(shard);
+                self.wake();
+            }
+            Err(error) => {
+                let seen = self.disk.seen();
+                self.tell(|| format!("not started: {error:?}; {}", seen.last_failure));
+                assert!(
+                    seen.failed_calls > 0,
+                    "the shard does not open although the disk did nothing wrong: {error:?}"
+                );
+                self.fall();
+                let wait = self.rng.wait(20_000);
+                self.after(wait, Happening::Start { deep: deep + 1 });
+            }
+        }
+    }
+
+    fn started(&mut self, shard: &mut SimShard) {
+        let mut topics = Vec::new();
+        for no in 0..self.plan.topics.len() {
+            if let Some(seen) = observe::topic(shard, &self.plan, no, self.seen_until[no]) {
+                self.seen_until[no] = seen.next;
+                topics.push(seen);
+            }
+        }
+        let at = shard.now().0;
+        self.note(Event::Started { at, topics });
+        self.show_floors(shard);
+    }
+
+    /// The faults stop. The process is stopped cleanly or killed once more, so that no planned
+    /// failure is left.
+    fn calm_down(&mut self) {
+        self.is_calm = true;
+        self.tell(|| "calm".to_owned());
+        if let Some(mut shard) = self.shard.take() {
+            if self.rng.percent(50) {
+                self.flush(&mut shard);
+                let mut out = Outbox::default();
+                match shard.close(&mut out) {
+                    Ok(anchor) => {
+                        self.anchor = Some(anchor.to_vec());
+                        self.stats.clean_stops += 1;
+                    }
+                    Err(fatal) => self.tell(|| format!("not closed: {fatal}")),
+                }
+            }
+            self.stop();
+        } else {
+            self.disk.kill_process();
+        }
+    }
+
+    fn is_at_rest(&self) -> bool {
+        let Some(shard) = &self.shard else {
+            return false;
+        };
+        let clients = self.clients.iter().flatten();
+        let done = clients.into_iter().all(|client| match client {
+            Client::Producer(producer) => producer.is_done(),
+            Client::Admin(admin) => admin.is_done(),
+            Client::Consumer(_) => true,
+        });
+        done && (0..self.plan.subs.len()).all(|sub| {
+            let end = observe::subscription(shard.queue(), &self.plan, sub);
+            end.is_some_and(|end| end.backlog == 0)
+        })
+    }
+
+    fn end(&mut self) {
+        let mut end = End::default();
+        if !self.is_at_rest() {
+            end.stuck = self.stuck();
+        }
+        if let Some(shard) = self.shard.take() {
+            for no in 0..self.plan.topics.len() {
+                end.topics.extend(observe::topic(&shard, &self.plan, no, 0));
+            }
+            for sub in 0..self.plan.subs.len() {
+                end.subs
+                    .extend(observe::subscription(shard.queue(), &self.plan, sub));
+            }
+        }
+        self.note(Event::End(end));
+    }
+
+    fn stuck(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        match &self.shard {
+            None => all.push("the broker does not serve".to_owned()),
+            Some(shard) => {
+                for sub in 0..self.plan.subs.len() {
+                    let end = observe::subscription(shard.queue(), &self.plan, sub);
+                    all.push(format!("subscription {sub}: {end:?}"));
+                }
+            }
+        }
+        for client in self.clients.iter().flatten() {
+            match client {
+                Client::Producer(producer) if !producer.is_done() => all.push(producer.describe()),
+                Client::Consumer(consumer) => all.push(consumer.describe()),
+                Client::Admin(admin) if !admin.is_done() => all.push(format!("{admin:?}")),
+                _ => {}
+            }
+        }
+        all
+    }
+}
+
+impl Client {
+    fn tick(&mut self, hands: &mut Hands<'_>) {
+        match self {
+            Self::Producer(producer) => producer.tick(hands),
+            Self::Consumer(consumer) => consumer.tick(hands),
+            Self::Admin(admin) => admin.tick(hands),
+        }
+    }
+
+    fn receive(&mut self, conn: ConnId, down: Down, hands: &mut Hands<'_>) {
+        match self {
+            Self::Producer(producer) => producer.receive(conn, down, hands),
+            Self::Consumer(consumer) => consumer.receive(conn, down, hands),
+            Self::Admin(admin) => admin.receive(conn, down),
+        }
+    }
+
+    fn broken(&mut self, conn: ConnId) {
+        match self {
+            Self::Producer(producer) => producer.lost(conn),
+            Self::Consumer(consumer) => consumer.lost(conn),
+            Self::Admin(admin) => admin.lost(conn),
+        }
+    }
+}

@@ -309,18 +309,19 @@ impl<S: Storage> Session<'_, S> {
     }
 
     async fn peek_elsewhere(&self, offset: Offset, elsewhere: &Elsewhere) -> Option<PeekedMessage> {
-        let extra = match &elsewhere.letter {
-            Some(letter) => {
-                letters::headers(letter, &letters::story(&self.context.bodies, letter).await)
-            }
-            None => Bytes::new(),
-        };
         let runs = self
             .context
             .bodies
             .read(elsewhere.topic, elsewhere.offset, 1, 1)
             .await
             .unwrap_or_default();
+        let extra = match &elsewhere.letter {
+            Some(letter) => {
+                let story = letters::story(&self.context.bodies, letter).await;
+                letters::headers(letter, &story, runs.first().map(|run| run.stamp))
+            }
+            None => Bytes::new(),
+        };
         let (stamp, message) = runs
             .first()
             .map(|run| (run.stamp, run.messages.clone()))

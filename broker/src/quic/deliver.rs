@@ -111,7 +111,10 @@ async fn read<S: Storage>(
         .read(elsewhere.topic, elsewhere.offset, 1, bytes)
         .await?;
     let extra = match &elsewhere.letter {
-        Some(letter) => letters::headers(letter, &letters::story(&context.bodies, letter).await),
+        Some(letter) => {
+            let story = letters::story(&context.bodies, letter).await;
+            letters::headers(letter, &story, bodies.first().map(|run| run.stamp))
+        }
         None => Bytes::new(),
     };
     Ok((bodies, extra))

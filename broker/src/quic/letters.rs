@@ -104,9 +104,10 @@ fn words(text: &str) -> Story {
     }
 }
 
-/// The `mp-dead-*` headers of a letter, in the message's header layout.
+/// The `mp-dead-*` headers of a letter, in the message's header layout. `published_at` is unknown when
+/// the body is damaged.
 #[must_use]
-pub fn headers(letter: &Letter, story: &Story) -> Bytes {
+pub fn headers(letter: &Letter, story: &Story, published_at: Option<Stamp>) -> Bytes {
     let mut out = BytesMut::new();
     let mut put = |name: &str, value: String| put_header(&mut out, name, value.as_bytes());
     put("mp-dead-reason", letter.reason.as_str().to_owned());
@@ -119,6 +120,9 @@ pub fn headers(letter: &Letter, story: &Story) -> Bytes {
     put("mp-dead-deliveries", letter.deliveries.to_string());
     put("mp-dead-releases", letter.releases.to_string());
     put("mp-dead-redrives", letter.redrives.to_string());
+    if let Some(at) = published_at {
+        put("mp-dead-published-at", at.to_string());
+    }
     if let Some(at) = letter.first_attempt_at {
         put("mp-dead-first-attempt-at", at.to_string());
     }

@@ -1,0 +1,254 @@
+//! Dead letters: why, where, and the way back.
+
+use std::time::{Duration, Instant};
+
+use millpond_client::{
+    Client, DeadFilter, DeadReason, Delivery, Nack, Offset, RedriveTarget, Reject, StartAt,
+    SubscriptionConfig,
+};
+use tokio::time::sleep;
+
+use crate::common::{
+    PATIENCE, billing, broker, letters, next, nothing_for, publish, quick_retries, subscribe, text,
+    texts,
+};
+
+#[tokio::test]
+async fn a_failing_message_comes_back_and_ends_as_a_dead_letter_that_tells_why() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(20, 3)).await;
+    publish(&client, &["bad"]).await;
+    for attempt in 1..=3 {
+        let delivery = next(&mut consumer).await;
+        assert_eq!(delivery.attempt(), attempt);
+        let reason = format!("no {attempt}");
+        delivery.nack(Nack::new(reason)).await.unwrap();
+    }
+    let page = letters(&client).await;
+    assert_eq!(page.len(), 1);
+    let letter = &page[0];
+    assert_eq!(
+        (letter.reason, letter.failures, letter.error.as_str()),
+        (DeadReason::MaxAttempts, 3, "no 3")
+    );
+    assert_eq!(letter.history.len(), 3);
+
+    redrive(
+        &client,
+        DeadFilter::default(),
+        None,
+        RedriveTarget::Subscription,
+    )
+    .await;
+    let delivery = next(&mut consumer).await;
+    assert_eq!((text(&delivery).as_str(), delivery.attempt()), ("bad", 1));
+    delivery.ack().await.unwrap();
+    assert!(letters(&client).await.is_empty());
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_redrive_takes_only_what_its_filter_names() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;
+    publish(
+        &client,
+        &["rejected", "failed", "failed too", "failed as well"],
+    )
+    .await;
+    let delivery = next(&mut consumer).await;
+    delivery.reject(Reject::new("no")).await.unwrap();
+    for _ in 0..3 {
+        next(&mut consumer)
+            .await
+            .nack(Nack::new("no"))
+            .await
+            .unwrap();
+    }
+    let by_reason = DeadFilter {
+        reason: Some(DeadReason::MaxAttempts),
+        limit: Some(1),
+        ..DeadFilter::default()
+    };
+    redrive(&client, by_reason, None, RedriveTarget::Subscription).await;
+    let delivery = next(&mut consumer).await;
+    assert_eq!(text(&delivery), "failed");
+    delivery.ack().await.unwrap();
+    let left = letters(&client).await;
+    assert_eq!(texts(&left), ["rejected", "failed too", "failed as well"]);
+
+    let by_offset = DeadFilter {
+        offsets: vec![left[2].offset],
+        ..DeadFilter::default()
+    };
+    redrive(&client, by_offset, None, RedriveTarget::Subscription).await;
+    let delivery = next(&mut consumer).await;
+    assert_eq!(text(&delivery), "failed as well");
+    delivery.nack(Nack::new("again")).await.unwrap();
+    let left = letters(&client).await;
+    assert_eq!(texts(&left), ["rejected", "failed too", "failed as well"]);
+    assert_eq!((left[2].redrives, left[2].failures), (1, 1));
+    nothing_for(&mut consumer, Duration::from_millis(50)).await;
+
+    let count = client
+        .purge_dead_letters("orders", "billing", DeadFilter::default())
+        .await
+        .unwrap();
+    assert_eq!(count, 3);
+    assert!(letters(&client).await.is_empty());
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_redrive_to_the_topic_reaches_every_subscription_as_a_new_message() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;
+    let mut audit = subscribe(&client, "audit", quick_retries(1, 1)).await;
+    publish(&client, &["m"]).await;
+    next(&mut audit).await.ack().await.unwrap();
+    next(&mut consumer)
+        .await
+        .nack(Nack::new("no"))
+        .await
+        .unwrap();
+    redrive(&client, DeadFilter::default(), None, RedriveTarget::Topic).await;
+    for subscription in [&mut audit, &mut consumer] {
+        let delivery = next(subscription).await;
+        assert_eq!(delivery.offset(), Offset(1));
+        assert_eq!((text(&delivery).as_str(), delivery.attempt()), ("m", 1));
+        delivery.ack().await.unwrap();
+    }
+    assert!(letters(&client).await.is_empty());
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_redrive_keeps_to_its_rate_and_can_be_stopped_half_way() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;
+    publish(&client, &["a", "b", "c", "d", "e", "f"]).await;
+    for _ in 0..6 {
+        next(&mut consumer)
+            .await
+            .nack(Nack::new("no"))
+            .await
+            .unwrap();
+    }
+    let began = Instant::now();
+    let all = DeadFilter::default();
+    let job = client
+        .redrive(
+            "orders",
+            "billing",
+            all,
+            Some(5),
+            RedriveTarget::Subscription,
+        )
+        .await
+        .unwrap();
+    assert_eq!(job.total, 6);
+    for want in ["a", "b", "c"] {
+        let delivery = next(&mut consumer).await;
+        assert_eq!(text(&delivery), want);
+        delivery.ack().await.unwrap();
+    }
+    // Three letters at five a second: the third comes 400 ms after the first at the earliest.
+    assert!(
+        began.elapsed() >= Duration::from_millis(390),
+        "{:?}",
+        began.elapsed()
+    );
+    let stopped = client.cancel_redrive(job.job).await.unwrap();
+    assert!(stopped.cancelled && stopped.done < 6, "{stopped:?}");
+    let mut redriven = 3;
+    while stopped.done > redriven {
+        next(&mut consumer).await.ack().await.unwrap();
+        redriven += 1;
+    }
+    nothing_for(&mut consumer, Duration::from_millis(400)).await;
+    assert_eq!(letters(&client).await.len() as u64, 6 - redriven);
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_dead_letter_topic_is_read_like_any_other_and_its_headers_tell_the_story() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 2)).await;
+    publish(&client, &["bad"]).await;
+    let mut published_at = None;
+    for n in 1..=2 {
+        let delivery = next(&mut consumer).await;
+        published_at = Some(delivery.published_at());
+        let failed = Nack::new(format!("no {n}")).code(40 + n);
+        delivery.nack(failed).await.unwrap();
+    }
+    let dead = billing(&client).await.dead_letter;
+    assert_eq!(dead, "orders.billing.dead");
+    client
+        .create_subscription(
+            &dead,
+            "watch",
+            SubscriptionConfig::default(),
+            StartAt::Earliest,
+        )
+        .await
+        .unwrap();
+    let mut watch = client.subscribe(&dead, "watch").open().await.unwrap();
+    let delivery = next(&mut watch).await;
+    assert_eq!((text(&delivery).as_str(), delivery.attempt()), ("bad", 1));
+    let published_at = published_at.unwrap().to_string();
+    for (name, want) in [
+        ("mp-dead-reason", "max_attempts"),
+        ("mp-dead-error-code", "42"),
+        ("mp-dead-error", "no 2"),
+        ("mp-dead-topic", "orders"),
+        ("mp-dead-offset", "0"),
+        ("mp-dead-subscription", "billing"),
+        ("mp-dead-failures", "2"),
+        ("mp-dead-deliveries", "2"),
+        ("mp-dead-releases", "0"),
+        ("mp-dead-redrives", "0"),
+        ("mp-dead-published-at", published_at.as_str()),
+    ] {
+        assert_eq!(header(&delivery, name), want, "{name}");
+    }
+    for name in ["mp-dead-first-attempt-at", "mp-dead-dead-at"] {
+        assert!(
+            header(&delivery, name).parse::<u64>().unwrap() > 0,
+            "{name}"
+        );
+    }
+    assert!(!header(&delivery, "mp-dead-consumer").is_empty());
+    assert_eq!(header(&delivery, "mp-dead-history").lines().count(), 2);
+    assert_eq!(
+        letters(&client).await.len(),
+        1,
+        "reading takes nothing away"
+    );
+    let peeked = client.peek(&dead, Offset(0), 10).await.unwrap();
+    let extra = String::from_utf8_lossy(&peeked.messages[0].extra).into_owned();
+    assert!(extra.contains("mp-dead-reason") && extra.contains("no 2"));
+    delivery.ack().await.unwrap();
+    broker.shutdown().await.unwrap();
+}
+
+fn header(delivery: &Delivery, name: &str) -> String {
+    let value = delivery
+        .header(name)
+        .unwrap_or_else(|| panic!("{name} is there"));
+    String::from_utf8(value.to_vec()).unwrap()
+}
+
+/// Redrives and waits for the end of the job.
+async fn redrive(client: &Client, filter: DeadFilter, rate: Option<u32>, target: RedriveTarget) {
+    let mut view = client
+        .redrive("orders", "billing", filter, rate, target)
+        .await
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !view.finished {
+        assert!(Instant::now() < deadline, "it stayed {view:?}");
+        sleep(Duration::from_millis(10)).await;
+        view = client.redrive_status(view.job).await.unwrap();
+    }
+}

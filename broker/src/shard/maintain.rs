@@ -131,7 +131,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             Done::Seal(result) => {
                 self.maintenance.seal_running = false;
                 if let Some(done) = unless_full(result, "a segment could not be sealed")? {
-                    self.log.install_sealed(done)?;
+                    unless_overtaken(self.log.install_sealed(done))?;
                 }
             }
             Done::Spare(result) => {
@@ -143,7 +143,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             Done::Clean(result) => {
                 self.maintenance.clean_running = false;
                 if let Some(done) = unless_full(result, "a segment could not be cleaned")? {
-                    self.log.install_cleaned(done)?;
+                    unless_overtaken(self.log.install_cleaned(done))?;
                 }
             }
         }
@@ -269,6 +269,14 @@ fn unless_full<T>(result: Result<T, JobError>, what: &str) -> Result<Option<T>, 
             tracing::warn!(%error, "{what}: the disk is full");
             Ok(None)
         }
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A job whose segment was sealed by an append, or removed, while it ran has nothing to install.
+fn unless_overtaken<T>(installed: Result<T, LogError>) -> Result<(), Fatal> {
+    match installed {
+        Ok(_) | Err(LogError::Outdated(_) | LogError::UnknownSegment(_)) => Ok(()),
         Err(error) => Err(error.into()),
     }
 }

@@ -1,0 +1,166 @@
+//! The core against a model of it: whatever is done in whatever order, both must agree, and the
+//! invariants that are named here must hold.
+//!
+//! I3 one append for each (producer, epoch, sequence), with the original offset for ever;
+//! I4 offsets are gapless in append order; I5 nothing comes before it is due; I6 dead exactly once,
+//! in the queue or in the dead-letter topic; I7 floors and consumer offsets move back by a seek
+//! alone. `PROPTEST_CASES` sets how long it looks; a seed that fails becomes a named test below.
+
+#![expect(
+    clippy::unwrap_used,
+    reason = "the model is test code: what is missing in it is a failed test"
+)]
+
+#[path = "model/dead.rs"]
+mod dead;
+#[path = "model/fold.rs"]
+mod fold;
+#[path = "model/judge.rs"]
+mod judge;
+#[path = "model/known.rs"]
+mod known;
+#[path = "model/ops.rs"]
+mod ops;
+#[path = "model/settle.rs"]
+mod settle;
+#[path = "model/state.rs"]
+mod state;
+#[path = "model/world.rs"]
+mod world;
+
+use millpond_protocol::policy::SubscriptionMode;
+use ops::{Kind, Op};
+use proptest::prelude::*;
+use world::World;
+
+/// Kinds of operations with how often they come.
+type Profile = &'static [(u32, Kind)];
+
+const CONSUMING: Profile = &[
+    (12, Kind::Turn),
+    (8, Kind::Advance),
+    (8, Kind::Publish),
+    (6, Kind::Ack),
+    (10, Kind::Settle),
+    (6, Kind::Credit),
+    (2, Kind::SessionOpen),
+    (3, Kind::Dispatch),
+    (3, Kind::ApplyPending),
+    (6, Kind::Late),
+    (4, Kind::Wake),
+    (2, Kind::Close),
+    (4, Kind::Detach),
+    (4, Kind::Attach),
+    (2, Kind::Renew),
+    (2, Kind::Extend),
+    (1, Kind::Restart),
+    (1, Kind::Snapshot),
+    (1, Kind::SubUpdate),
+    (1, Kind::Redrive),
+];
+
+const PUBLISHING: Profile = &[
+    (20, Kind::Publish),
+    (6, Kind::OpenProducer),
+    (2, Kind::CloseProducer),
+    (3, Kind::Turn),
+    (3, Kind::Advance),
+    (2, Kind::Ack),
+    (1, Kind::TopicUpdate),
+    (1, Kind::Restart),
+    (1, Kind::Snapshot),
+    (1, Kind::TopicPurge),
+];
+
+const STREAMING: Profile = &[
+    (8, Kind::Turn),
+    (6, Kind::Publish),
+    (8, Kind::Commit),
+    (6, Kind::Credit),
+    (3, Kind::SessionOpen),
+    (2, Kind::Close),
+    (3, Kind::Detach),
+    (3, Kind::Attach),
+    (4, Kind::Advance),
+    (1, Kind::Dispatch),
+    (1, Kind::Wake),
+    (1, Kind::Seek),
+    (1, Kind::Pause),
+    (1, Kind::Resume),
+    (1, Kind::Restart),
+    (1, Kind::TopicPurge),
+    (1, Kind::TopicUpdate),
+];
+
+const ADMINISTERING: Profile = &[
+    (12, Kind::Turn),
+    (10, Kind::Publish),
+    (5, Kind::Advance),
+    (4, Kind::Ack),
+    (10, Kind::Settle),
+    (6, Kind::Credit),
+    (3, Kind::SessionOpen),
+    (2, Kind::OpenProducer),
+    (2, Kind::Dispatch),
+    (2, Kind::ApplyPending),
+    (2, Kind::Late),
+    (2, Kind::Wake),
+    (1, Kind::Close),
+    (2, Kind::Restart),
+    (2, Kind::Snapshot),
+    (1, Kind::Pause),
+    (2, Kind::Resume),
+    (2, Kind::Seek),
+    (2, Kind::SubUpdate),
+    (3, Kind::SubCreate),
+    (1, Kind::SubDelete),
+    (2, Kind::TopicCreate),
+    (1, Kind::TopicUpdate),
+    (1, Kind::TopicPurge),
+    (1, Kind::TopicDelete),
+    (4, Kind::Redrive),
+    (1, Kind::RedriveCancel),
+    (1, Kind::DeadPurge),
+    (1, Kind::Damaged),
+    (1, Kind::Token),
+    (1, Kind::Hold),
+];
+
+fn ops(profile: Profile, most: usize) -> impl Strategy<Value = Vec<Op>> {
+    let kinds = profile.iter().map(|(weight, kind)| (*weight, Just(*kind)));
+    let kind = proptest::strategy::Union::new_weighted(kinds.collect());
+    let op = (kind, any::<u8>(), any::<u8>(), any::<u8>());
+    proptest::collection::vec(op.prop_map(|(kind, a, b, c)| Op(kind, a, b, c)), 1..most)
+}
+
+fn run(mode: SubscriptionMode, shape: u8, ops: &[Op]) -> World {
+    let mut world = World::new();
+    world.set_up(mode, shape);
+    world.run(ops);
+    world.settle_down();
+    world
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn consumers_get_what_the_model_says(shape: u8, ops in ops(CONSUMING, 80)) {
+        run(SubscriptionMode::Queue, shape, &ops);
+    }
+
+    #[test]
+    fn producers_get_what_the_model_says(shape: u8, ops in ops(PUBLISHING, 60)) {
+        run(SubscriptionMode::Queue, shape, &ops);
+    }
+
+    #[test]
+    fn streams_are_read_as_the_model_says(shape: u8, ops in ops(STREAMING, 60)) {
+        run(SubscriptionMode::Stream, shape, &ops);
+    }
+
+    #[test]
+    fn operators_get_what_the_model_says(shape: u8, ops in ops(ADMINISTERING, 80)) {
+        run(SubscriptionMode::Queue, shape, &ops);
+    }
+}

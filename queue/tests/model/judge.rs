@@ -1,0 +1,684 @@
+//! What `dispatch` may propose, and what it must have proposed when it says there is no more.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use millpond_protocol::control::{LeaseName, RedriveTarget};
+use millpond_protocol::policy::OnLimit;
+use millpond_protocol::{Offset, SessionId, Stamp, SubscriptionId, TopicId};
+use millpond_queue::{
+    Expired, Handout, LeaseRange, OffsetRun, PRODUCER_IDLE_MS, Proposal, Record, SESSION_GRACE_MS,
+};
+
+use crate::known;
+use crate::state::*;
+
+/// The hand-outs of one turn of dispatch, to judge their order.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// First deliveries, and retries by (due, offset); those that go alone stand in neither.
+    new: BTreeMap<SubscriptionId, BTreeSet<u64>>,
+    retried: BTreeMap<SubscriptionId, BTreeSet<(Stamp, u64)>>,
+}
+
+impl Model {
+    /// Takes a proposal into the model, if it may be made now.
+    pub fn judge(&mut self, proposal: &Proposal, now: Stamp, turn: &mut Turn) {
+        match proposal {
+            Proposal::Lease {
+                record,
+                session,
+                subscription,
+                topic,
+                ranges,
+            } => {
+                let each = |handout: &Handout| LeaseRange {
+                    offset: handout.offset,
+                    count: handout.count,
+                    delivery: handout.delivery,
+                };
+                let same = Record::Lease {
+                    subscription: *subscription,
+                    session: *session,
+                    ranges: ranges.iter().map(each).collect(),
+                };
+                assert_eq!(*record, same, "the record says what is delivered");
+                assert_eq!(self.subs[subscription].topic, *topic);
+                let mark = self.pending.len();
+                for handout in ranges {
+                    for i in 0..u64::from(handout.count) {
+                        self.judge_handout(*subscription, *session, handout, i, now, turn);
+                        // Singly for now, so that the next one sees it.
+                        let offset = Offset(handout.offset.0 + i);
+                        self.pending.push(Record::Lease {
+                            subscription: *subscription,
+                            session: *session,
+                            ranges: vec![LeaseRange {
+                                offset,
+                                count: 1,
+                                ..each(handout)
+                            }],
+                        });
+                    }
+                }
+                self.pending.truncate(mark);
+                self.pending.push(record.clone());
+                self.judge_session(*session);
+            }
+            Proposal::Log(record) => {
+                self.judge_record(record, now);
+                self.pending.push(record.clone());
+            }
+            Proposal::Stream {
+                session,
+                subscription,
+                topic,
+                offset,
+                count,
+            } => {
+                assert_eq!(self.subs[subscription].topic, *topic);
+                self.judge_stream(*subscription, *session, *offset, u64::from(*count));
+            }
+            Proposal::Notice { session, .. } => assert!(self.sessions.contains_key(session)),
+        }
+    }
+
+    fn judge_handout(
+        &mut self,
+        id: SubscriptionId,
+        to: SessionId,
+        handout: &Handout,
+        i: u64,
+        now: Stamp,
+        turn: &mut Turn,
+    ) {
+        let at = handout.offset.0 + i;
+        let sub = &self.subs[&id];
+        let item = &sub.items[at as usize];
+        let says = format!("{at} of {id:?} handed to {to:?} at {now:?}: {item:?}");
+        assert!(!sub.paused && !self.holding && sub.is_queue(), "{says}");
+        let Some((from, until)) = self.available(sub, at) else {
+            panic!("it is not to be had: {says}");
+        };
+        assert!(from <= now, "I5, too early: {says}");
+        assert!(
+            !self.is_proposed(id, at),
+            "handed out twice at once: {says}"
+        );
+        let told = (handout.delivery.0, handout.attempt);
+        let used = item.leases.iter().map(|past| past.delivery.0).max();
+        if sub.sought {
+            assert!(used < Some(told.0), "the number of an older lease: {says}");
+            assert_eq!(told.1, item.failures + 1, "{says}");
+        } else {
+            assert_eq!(told, (item.deliveries + 1, item.failures + 1), "{says}");
+        }
+        let outlived = self.outlived(sub, at, now) == Some(true);
+        assert!(
+            known::EXPIRED_IS_HANDED_OUT || !outlived,
+            "it has outlived its time: {says}"
+        );
+        let (leased, proposed) = self.in_flight(sub);
+        assert!(
+            leased + proposed < u64::from(sub.config.max_in_flight),
+            "too much in flight: {says}"
+        );
+        let exact = from == until;
+        let alone = self.is_alone(sub, at);
+        let (is_new, is_retry) = (
+            item.deliveries + item.redrives == 0,
+            item.failures > 0 && exact,
+        );
+        let is_delayed = self.message(sub, at).delay_ms > 0;
+        if alone == Some(false) && is_retry && item.state != State::Ready {
+            turn.retried.entry(id).or_default().insert((from, at));
+        } else if alone == Some(false) && is_new && !is_delayed {
+            turn.new.entry(id).or_default().insert(at);
+        }
+        self.handed_at.insert((to, name(at, handout.delivery)), now);
+        if alone == Some(true) {
+            self.alone.insert((id, at, handout.delivery));
+        }
+        let session = self
+            .sessions
+            .get_mut(&to)
+            .expect("to a session that is there");
+        assert!(session.attached && session.sub == id, "{says}");
+        session.sent.push(name(at, handout.delivery));
+        session.given = now;
+        let (sent, credit) = (session.sent.len() as u64, session.max_messages);
+        assert!(
+            sent <= credit,
+            "{sent} sent with credit for {credit}: {says}"
+        );
+        assert!(session.max_bytes > 0, "no credit in bytes: {says}");
+    }
+
+    /// A session that holds a suspect holds nothing else.
+    fn judge_session(&self, to: SessionId) {
+        let id = self.sessions[&to].sub;
+        let held = self.leases_of(to);
+        let alone = held
+            .iter()
+            .find(|lease| self.alone.contains(&(id, lease.offset.0, lease.delivery)));
+        if let Some(alone) = alone {
+            assert_eq!(
+                held.len(),
+                1,
+                "{alone:?} had to be alone, but {to:?} holds {held:?}"
+            );
+        }
+    }
+
+    /// Whether a hand-out must be alone: suspects, and last attempts after a session was lost.
+    fn is_alone(&self, sub: &Sub, offset: u64) -> Option<bool> {
+        let item = &sub.items[offset as usize];
+        let is_last = item.failures + 1 >= self.max_attempts(sub, offset);
+        match item.suspect {
+            Suspect::Yes => Some(true),
+            Suspect::No if item.failures > 0 && item.lost_last && is_last => Some(true),
+            Suspect::Maybe => None,
+            Suspect::No => Some(false),
+        }
+    }
+
+    fn judge_stream(&mut self, id: SubscriptionId, to: SessionId, offset: Offset, count: u64) {
+        let sub = &self.subs[&id];
+        let topic = &self.topics[&sub.topic];
+        let session = &self.sessions[&to];
+        let says = format!("{count} from {offset} to {to:?}: {sub:?} {session:?}");
+        assert!(!sub.is_queue() && !sub.paused, "{says}");
+        assert_eq!(
+            sub.line.first(),
+            Some(&to),
+            "only the active one reads: {says}"
+        );
+        assert!(session.attached, "{says}");
+        let cursor = session.read.unwrap_or(sub.committed).max(topic.first);
+        assert_eq!(offset.0, cursor, "in strict order, without holes: {says}");
+        assert!(count > 0 && offset.0 + count <= topic.next(), "{says}");
+        let session = self.sessions.get_mut(&to).unwrap();
+        session.read = Some(offset.0 + count);
+        session
+            .sent
+            .extend((0..count).map(|i| name(offset.0 + i, Default::default())));
+        assert!(
+            session.sent.len() as u64 <= session.max_messages,
+            "more than credit: {says}"
+        );
+    }
+
+    fn judge_record(&self, record: &Record<'_>, now: Stamp) {
+        assert!(!self.pending.contains(record), "proposed twice: {record:?}");
+        match record {
+            Record::SessionEnd {
+                session,
+                clean,
+                begun,
+                story,
+            } => {
+                assert!(!clean, "only a client ends cleanly");
+                self.judge_end(*session, begun, now);
+                let begun: u64 = begun.iter().map(|run| u64::from(run.count)).sum();
+                assert_eq!(
+                    story.is_some(),
+                    begun == 1,
+                    "the story of the one that is charged"
+                );
+            }
+            Record::Expire(expired) => self.judge_expired(expired, now),
+            Record::Trim { topic, first } => self.judge_trim(*topic, first.0, now),
+            Record::RedriveStep {
+                job: id, letters, ..
+            } => {
+                let job = &self.jobs[id];
+                assert!(!job.cancelled);
+                let proposed = |at: &Offset| {
+                    self.pending.iter().any(|other| match other {
+                        Record::RedriveStep { job, letters, .. } => {
+                            job == id && letters.contains(at)
+                        }
+                        _ => false,
+                    })
+                };
+                for at in letters {
+                    assert!(
+                        job.letters.contains(&at.0),
+                        "{at:?} is no letter of {job:?}"
+                    );
+                    assert!(!proposed(at), "{at:?} is on its way already");
+                }
+                if let Some(rate) = job.rate {
+                    let time = now.ms_since(job.begun) + 1_000;
+                    let allowed = u64::from(rate) * time.div_ceil(1_000) + 1;
+                    let sent = job.done + letters.len() as u64;
+                    assert!(sent <= allowed, "{sent} in {time} ms at {rate}/s: {job:?}");
+                }
+            }
+            other => panic!("dispatch has no business with {other:?}"),
+        }
+    }
+
+    fn judge_end(&self, session: SessionId, begun: &[OffsetRun], now: Stamp) {
+        let known = &self.sessions[&session];
+        let ends = |record: &Record<'_>| matches!(record, Record::SessionEnd { session: other, .. } if *other == session);
+        assert!(!self.pending.iter().any(ends), "{session:?} is ended twice");
+        let lease_ms = self.subs[&known.sub].config.lease_ms;
+        let over = match known.attached {
+            true => known.alive.plus_ms(lease_ms),
+            false => known.since.plus_ms(SESSION_GRACE_MS),
+        };
+        assert!(
+            over <= now,
+            "{session:?} is ended at {now:?}, before {over:?}: {known:?}"
+        );
+        let told: BTreeSet<u64> = begun
+            .iter()
+            .flat_map(|run| run.offset.0..run.offset.0 + u64::from(run.count))
+            .collect();
+        let held = self.leases_of(session).into_iter();
+        let marked = held.filter(|lease| known.marks.contains_key(lease));
+        let marked: BTreeSet<u64> = marked.map(|lease| lease.offset.0).collect();
+        assert_eq!(told, marked, "what {session:?} had begun");
+    }
+
+    fn judge_expired(&self, expired: &Expired, now: Stamp) {
+        match expired {
+            Expired::Processing {
+                subscription,
+                session,
+                items,
+            } => {
+                let ms = self.subs[subscription].config.processing_timeout_ms;
+                for item in items {
+                    let begun = self.held_mark(*session, item.lease);
+                    let begun = begun.unwrap_or_else(|| panic!("{item:?} was never begun"));
+                    assert!(
+                        begun.plus_ms(ms) <= now,
+                        "{item:?} begun at {begun:?}, {now:?}"
+                    );
+                    assert_eq!(item.story.begun_at, Some(begun));
+                    assert!(
+                        !self.is_expiring(*session, item.lease),
+                        "{item:?} expires twice"
+                    );
+                }
+            }
+            Expired::Held {
+                subscription,
+                session,
+                ranges,
+            } => {
+                let ms = self.subs[subscription].config.hold_max_ms;
+                for range in ranges {
+                    for at in range.offset.0..range.offset.0 + u64::from(range.count) {
+                        let lease = name(at, range.delivery);
+                        assert_eq!(self.held_mark(*session, lease), None, "{lease:?} is begun");
+                        assert!(
+                            !self.is_expiring(*session, lease),
+                            "{lease:?} expires twice"
+                        );
+                        let over = self.handed_at[&(*session, lease)].plus_ms(ms);
+                        assert!(
+                            over <= now,
+                            "{lease:?} may be held until {over:?}, not {now:?}"
+                        );
+                    }
+                }
+            }
+            Expired::Ttl { topic, offsets } => {
+                for at in offsets {
+                    let message = &self.topics[topic].messages[at.0 as usize];
+                    let over = message.published.plus_ms(message.ttl_ms);
+                    assert!(
+                        message.ttl_ms > 0 && over <= now,
+                        "{at:?} lives until {over:?}"
+                    );
+                }
+            }
+            Expired::TopicTtl { topic, below } => {
+                let topic = &self.topics[topic];
+                let ms = topic
+                    .config
+                    .ttl_ms
+                    .expect("a topic without it has no such end");
+                for message in &topic.messages[..below.0 as usize] {
+                    let over = message.published.plus_ms(ms);
+                    assert!(over <= now, "a message lives until {over:?}, not {now:?}");
+                }
+            }
+            Expired::MaxAge {
+                subscription,
+                below,
+            } => {
+                let sub = &self.subs[subscription];
+                let ms = sub.config.max_age_ms.expect("none without it");
+                for message in &self.topics[&sub.topic].messages[..below.0 as usize] {
+                    let over = message.published.plus_ms(ms);
+                    assert!(
+                        over <= now,
+                        "a message may wait until {over:?}, not {now:?}"
+                    );
+                }
+            }
+            Expired::Producers { producers } => {
+                for key in producers {
+                    let over = self.producers[key].active.plus_ms(PRODUCER_IDLE_MS);
+                    assert!(
+                        over <= now,
+                        "{key:?} is remembered until {over:?}, not {now:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    /// When it was begun, if the session still holds it.
+    fn held_mark(&self, session: SessionId, lease: LeaseName) -> Option<Stamp> {
+        let held = self.leases_of(session).contains(&lease);
+        assert!(held, "{session:?} does not hold {lease:?}");
+        self.sessions[&session].marks.get(&lease).copied()
+    }
+
+    pub fn is_expiring(&self, session: SessionId, lease: LeaseName) -> bool {
+        self.pending.iter().any(|record| match record {
+            Record::Expire(Expired::Processing {
+                session: of, items, ..
+            }) => *of == session && items.iter().any(|item| item.lease == lease),
+            Record::Expire(Expired::Held {
+                session: of,
+                ranges,
+                ..
+            }) => {
+                *of == session
+                    && ranges.iter().any(|range| {
+                        let all = range.offset.0..range.offset.0 + u64::from(range.count);
+                        range.delivery == lease.delivery && all.contains(&lease.offset.0)
+                    })
+            }
+            _ => false,
+        })
+    }
+
+    fn judge_trim(&self, id: TopicId, first: u64, now: Stamp) {
+        let topic = &self.topics[&id];
+        assert!(
+            first > topic.first && first <= topic.next(),
+            "{first} of {topic:?}"
+        );
+        let kept = topic.next() - first + 1;
+        let bytes: u64 = topic.messages[first as usize - 1..]
+            .iter()
+            .map(|m| m.bytes)
+            .sum();
+        let full = topic.config.max_messages.is_some_and(|limit| kept > limit)
+            || topic
+                .config
+                .max_bytes
+                .is_some_and(|limit| bytes > limit / 2);
+        for at in topic.first..first {
+            let message = &topic.messages[at as usize];
+            let old = message.published.plus_ms(topic.config.retention_ms) <= now;
+            let finished = !self.is_needed(id, at);
+            let forced = full && topic.config.on_limit != OnLimit::RefusePublish;
+            assert!(
+                finished || forced,
+                "{at} of {id:?} is not finished: trim to {first}"
+            );
+            assert!(
+                old || full,
+                "{at} of {id:?} is to be kept for replay: trim to {first}"
+            );
+        }
+    }
+
+    /// What is left undone although dispatch says that there is no more to do.
+    pub fn judge_rest(&self, now: Stamp, turn: &Turn) {
+        for sub in self.subs.values().filter(|sub| sub.is_queue()) {
+            self.judge_order(sub, now, turn);
+            self.judge_idle(sub, now);
+        }
+        for (id, session) in &self.sessions {
+            self.judge_overdue(*id, session, now);
+        }
+        for (key, producer) in &self.producers {
+            let over = producer.active.plus_ms(PRODUCER_IDLE_MS + 1) <= now;
+            let goes = self.pending.iter().any(|record| {
+                matches!(record, Record::Expire(Expired::Producers { producers }) if producers.contains(key))
+            });
+            assert!(!over || goes, "{key:?} is idle for too long: {producer:?}");
+        }
+        for job in self.jobs.values().filter(|job| job.rate.is_none()) {
+            let goes = |at: &u64| {
+                let proposed = self.pending.iter().any(|record| {
+                    matches!(record, Record::RedriveStep { letters, .. } if letters.contains(&Offset(*at)))
+                });
+                proposed || !self.can_go(job) || !self.has_letter(job.dead, *at)
+            };
+            let gone = job.letters.iter().filter(|at| goes(at)).count() as u64;
+            assert!(
+                gone == job.letters.len() as u64 || gone + job.done >= job.total,
+                "a job is not done at {now:?}: {job:?}"
+            );
+        }
+    }
+
+    fn has_letter(&self, dead: TopicId, at: u64) -> bool {
+        self.topics
+            .get(&dead)
+            .is_some_and(|topic| topic.messages[at as usize].letter.is_some())
+    }
+
+    fn can_go(&self, job: &Job) -> bool {
+        let source = self.topic_named(&job.source);
+        source.is_some_and(|source| {
+            job.target == RedriveTarget::Topic || self.sub_named(source, &job.sub).is_some()
+        })
+    }
+
+    /// Messages that could be handed out now: that surely may be, and not alone.
+    fn waiting(&self, sub: &Sub, now: Stamp) -> Vec<u64> {
+        let surely = |at: &u64| {
+            self.available(sub, *at)
+                .is_some_and(|(_, until)| until <= now)
+                && !self.is_proposed(sub.id, *at)
+                && self.outlived(sub, *at, now) == Some(false)
+        };
+        (0..sub.items.len() as u64).filter(surely).collect()
+    }
+
+    /// Sessions that surely could be given a message now.
+    fn free_sessions(&self, sub: &Sub) -> Vec<SessionId> {
+        let is_free = |id: &SessionId| {
+            let session = &self.sessions[id];
+            let ends = self.pending.iter().any(
+                |record| matches!(record, Record::SessionEnd { session, .. } if session == id),
+            );
+            let alone = self.leases_of(*id).iter().any(|lease| {
+                let key = (sub.id, lease.offset.0, lease.delivery);
+                self.alone.contains(&key)
+                    || sub.items[lease.offset.0 as usize].suspect == Suspect::Maybe
+            });
+            session.attached
+                && !ends
+                && !alone
+                && (session.sent.len() as u64) < session.max_messages
+                && session.max_bytes == u64::MAX
+        };
+        self.sessions_of(sub.id)
+            .into_iter()
+            .filter(is_free)
+            .collect()
+    }
+
+    fn judge_idle(&self, sub: &Sub, now: Stamp) {
+        let (leased, proposed) = self.in_flight(sub);
+        let is_full = leased + proposed >= u64::from(sub.config.max_in_flight);
+        let free = self.free_sessions(sub);
+        if sub.paused || self.holding || is_full || free.is_empty() {
+            return;
+        }
+        let waiting = self.waiting(sub, now);
+        let suspects = waiting
+            .iter()
+            .any(|at| self.is_alone(sub, *at) != Some(false));
+        let empty = free.iter().find(|id| self.leases_of(**id).is_empty());
+        if suspects {
+            assert!(
+                empty.is_none(),
+                "{empty:?} is free, a suspect waits: {waiting:?} {sub:?}"
+            );
+        } else {
+            assert!(
+                waiting.is_empty(),
+                "{free:?} are free at {now:?}, {waiting:?} wait: {sub:?}"
+            );
+        }
+    }
+
+    /// Retries by (due, offset), new messages by offset, and at most half are retries.
+    fn judge_order(&self, sub: &Sub, now: Stamp, turn: &Turn) {
+        let waiting = self.waiting(sub, now);
+        let plain = waiting
+            .iter()
+            .filter(|at| self.is_alone(sub, **at) == Some(false));
+        let (mut new_waits, mut retry_waits) = (None, None);
+        for &at in plain {
+            let item = &sub.items[at as usize];
+            let is_new =
+                item.deliveries + item.redrives == 0 && self.message(sub, at).delay_ms == 0;
+            match item.state {
+                State::Scheduled { from, to } if item.failures > 0 && from == to => {
+                    let earliest =
+                        retry_waits.map_or((from, at), |one: (Stamp, u64)| one.min((from, at)));
+                    retry_waits = Some(earliest);
+                }
+                State::Ready if is_new && item.releases == 0 && !item.sought => {
+                    new_waits = new_waits.or(Some(at));
+                }
+                _ => {}
+            }
+        }
+        let (new, retried) = (turn.new.get(&sub.id), turn.retried.get(&sub.id));
+        let last_new = new.and_then(|all| all.last().copied());
+        let last_retry = retried.and_then(|all| all.last().copied());
+        if let (Some(waits), Some(last)) = (new_waits, last_new) {
+            assert!(last < waits, "{last} went before {waits} of {:?}", sub.id);
+        }
+        if let (Some(waits), Some(last)) = (retry_waits, last_retry) {
+            assert!(
+                last < waits,
+                "{last:?} went before {waits:?} of {:?}",
+                sub.id
+            );
+        }
+        let (new, retried) = (
+            new.map_or(0, BTreeSet::len),
+            retried.map_or(0, BTreeSet::len),
+        );
+        if new_waits.is_some() && new + retried >= 4 {
+            assert!(
+                retried <= new + 2,
+                "{retried} retries, {new} new of {:?}",
+                sub.id
+            );
+        }
+        if retry_waits.is_some() && new + retried >= 4 {
+            assert!(
+                new <= retried + 2,
+                "{new} new, {retried} retries of {:?}",
+                sub.id
+            );
+        }
+    }
+
+    fn judge_overdue(&self, id: SessionId, session: &Session, now: Stamp) {
+        let ends = self.pending.iter().any(
+            |record| matches!(record, Record::SessionEnd { session: other, .. } if *other == id),
+        );
+        let config = &self.subs[&session.sub].config;
+        let held = self.applied_leases(id);
+        let gone = match session.attached {
+            true => session.seen().plus_ms(config.lease_ms) <= now && !held.is_empty(),
+            false => session.since.plus_ms(SESSION_GRACE_MS) <= now,
+        };
+        assert!(ends || !gone, "{id:?} is over at {now:?}: {session:?}");
+        if ends || !session.attached {
+            return;
+        }
+        for lease in held {
+            let item = &self.subs[&session.sub].items[lease.offset.0 as usize];
+            let State::Leased { at, .. } = item.state else {
+                continue;
+            };
+            let over = match session.marks.get(&lease) {
+                Some(begun) => begun.plus_ms(config.processing_timeout_ms),
+                None if session.since <= at => at.plus_ms(config.hold_max_ms),
+                // Nothing tells what was begun before a session came back: it is called back when
+                // a handler would have taken too long.
+                None => session
+                    .since
+                    .plus_ms(config.hold_max_ms.max(config.processing_timeout_ms)),
+            };
+            let expires = self.is_expiring(id, lease) || self.is_dying(session.sub, lease.offset.0);
+            assert!(
+                over > now || expires,
+                "{lease:?} of {id:?} is overdue at {now:?}: {over:?}"
+            );
+        }
+    }
+
+    /// Whether an end of the message's life has been proposed.
+    fn is_dying(&self, sub: SubscriptionId, offset: u64) -> bool {
+        self.pending.iter().any(|record| match record {
+            Record::Expire(Expired::Ttl { offsets, .. }) => offsets.contains(&Offset(offset)),
+            Record::Expire(Expired::TopicTtl { below, .. }) => below.0 > offset,
+            Record::Expire(Expired::MaxAge {
+                subscription,
+                below,
+            }) => *subscription == sub && below.0 > offset,
+            Record::Trim { first, .. } => first.0 > offset,
+            _ => false,
+        })
+    }
+}
+
+impl Model {
+    /// When something is due by time alone, while nothing is pending.
+    pub fn next_event(&self, now: Stamp) -> Option<Stamp> {
+        let mut events = Vec::new();
+        for sub in self.subs.values().filter(|sub| sub.is_queue()) {
+            let (leased, proposed) = self.in_flight(sub);
+            let is_full = leased + proposed >= u64::from(sub.config.max_in_flight);
+            let goes = !sub.paused && !self.holding && !is_full;
+            let free = self.free_sessions(sub);
+            for at in 0..sub.items.len() as u64 {
+                let item = &sub.items[at as usize];
+                let message = self.message(sub, at);
+                if goes
+                    && !free.is_empty()
+                    && self.is_alone(sub, at) == Some(false)
+                    && let Some((_, until)) = self.available(sub, at)
+                {
+                    events.push(until);
+                }
+                if message.ttl_ms > 0 && item.redrives == 0 && !item.is_finished() {
+                    events.push(message.published.plus_ms(message.ttl_ms));
+                }
+            }
+        }
+        for (id, session) in &self.sessions {
+            let config = &self.subs[&session.sub].config;
+            if !session.attached {
+                events.push(session.since.plus_ms(SESSION_GRACE_MS));
+            } else if let [_, ..] = self.applied_leases(*id)[..] {
+                events.push(session.seen().plus_ms(config.lease_ms));
+                let mark = |lease: LeaseName| session.marks.get(&lease).copied();
+                let begun = self.applied_leases(*id).into_iter().filter_map(mark);
+                events.extend(begun.map(|at| at.plus_ms(config.processing_timeout_ms)));
+            }
+        }
+        let idle = self.producers.values();
+        events.extend(idle.map(|producer| producer.active.plus_ms(PRODUCER_IDLE_MS + 1)));
+        events.into_iter().filter(|at| *at > now).min()
+    }
+}

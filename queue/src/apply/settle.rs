@@ -1,7 +1,7 @@
 //! Settlements, and every other end of a lease.
 //!
 //! A settlement names its lease. An ack that comes late still counts while the message waits: the
-//! work is done. Anything else that comes late changes nothing. Repeating a settlement is fine.
+//! work is done, even if the lease itself was lost in a crash. Anything else that comes late changes nothing. Repeating a settlement is fine.
 
 use std::sync::Arc;
 
@@ -172,12 +172,23 @@ impl Queue {
             return Ok(());
         }
         let delivery = ack.delivery.0;
-        let was_leased = sub.retries.get(offset).is_some_and(|retry| {
+        let retry = sub.retries.get(offset);
+        let was_leased = retry.is_some_and(|retry| {
             delivery > sub.delivery_base
                 && (delivery < retry.delivery
                     || (delivery == retry.delivery && session == retry.session))
         });
-        if !was_leased {
+        // A hand-out leaves before its lease is durable: after a crash of the broker the lease may be
+        // missing although the work was done. It would have had the next delivery number.
+        let last = retry
+            .map_or(0, |retry| retry.delivery)
+            .max(sub.delivery_base);
+        let outlived_a_start = (session.0 >> 32) < u64::from(self.recovery_epoch);
+        let was_handed_out = outlived_a_start
+            && state == MessageState::Ready
+            && delivery == last + 1
+            && sub.sessions.contains(&session);
+        if !was_leased && !was_handed_out {
             return Err(state);
         }
         self.counters.acked += 1;

@@ -383,3 +383,43 @@ fn seek_does_not_bring_back_what_is_in_the_dead_letter_topic() {
     rig.grant(1, 100);
     assert_eq!(rig.offsets(), [0, 2]);
 }
+
+// SEMANTICS 1.5: the hand-out left, the broker died before its lease was durable
+#[test]
+fn an_ack_counts_although_the_lease_was_lost_in_a_crash() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 3);
+    rig.open(sub, 1);
+    assert_eq!(
+        rig.ack(sub, 1, 0, 1),
+        late(MessageState::Ready),
+        "nothing crashed yet"
+    );
+    rig.apply(&Record::Start { recovery_epoch: 1 });
+    assert_eq!(rig.acks(sub, 1, &[(0, 1, 2)]), settled(2));
+    assert_eq!(rig.view(sub).floor, Offset(2));
+    assert_eq!(
+        rig.ack(sub, 9, 2, 1),
+        late(MessageState::Ready),
+        "no such session"
+    );
+    assert_eq!(
+        rig.ack(sub, 1, 2, 2),
+        late(MessageState::Ready),
+        "a number never given"
+    );
+    assert_eq!(
+        rig.ack(sub, 1, 3, 1),
+        late(MessageState::Gone),
+        "no such message"
+    );
+    rig.consumer(sub, (1 << 32) | 2, 10);
+    assert_eq!(rig.offsets(), [2]);
+    assert_eq!(
+        rig.ack(sub, 1, 2, 1),
+        late(MessageState::Leased),
+        "a newer lease is untouched"
+    );
+}

@@ -5,13 +5,14 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use millpond_protocol::ErrorCode;
 use millpond_protocol::control::StatusView;
 use millpond_wal::storage::{FolderStorage, Mapping};
+use quinn::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -39,6 +40,8 @@ const CERTIFICATE_EVERY: Duration = Duration::from_secs(24 * 3_600);
 const PRESSURE_RETRY: Duration = Duration::from_millis(200);
 /// How often a draining broker looks whether all leases are settled.
 const SETTLED_EVERY: Duration = Duration::from_millis(20);
+/// How often a stopped broker looks whether its address is free.
+const RELEASED_EVERY: Duration = Duration::from_millis(1);
 /// How long connections may take to close once they were told.
 const CLOSE_WAIT: Duration = Duration::from_millis(500);
 
@@ -64,6 +67,8 @@ pub struct Broker {
     shard: ShardThread<Store>,
     context: Arc<Context<Store>>,
     endpoint: quinn::Endpoint,
+    /// Gone once the endpoint has let go of its address.
+    socket: Weak<dyn quinn::AsyncUdpSocket>,
     drain: watch::Sender<bool>,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -119,8 +124,18 @@ impl Broker {
         surroundings.attach(thread.handle.clone(), bodies.cache());
 
         let runtime = Arc::new(quinn::TokioRuntime);
-        let endpoint = quinn::Endpoint::new(endpoint_config, Some(server), socket, runtime)
-            .map_err(|e| StartError::listen(Door::Quic, config.listen, e))?;
+        let endpoint = runtime.wrap_udp_socket(socket).and_then(|socket| {
+            let held = Arc::downgrade(&socket);
+            let made = quinn::Endpoint::new_with_abstract_socket(
+                endpoint_config,
+                Some(server),
+                socket,
+                runtime,
+            );
+            Ok((made?, held))
+        });
+        let (endpoint, socket) =
+            endpoint.map_err(|e| StartError::listen(Door::Quic, config.listen, e))?;
         let listen = endpoint
             .local_addr()
             .map_err(|e| StartError::listen(Door::Quic, config.listen, e))?;
@@ -161,6 +176,7 @@ impl Broker {
             shard: thread,
             context,
             endpoint,
+            socket,
             drain,
             tasks,
         })
@@ -214,7 +230,7 @@ impl Broker {
     }
 
     /// Ends gracefully: no new leases, settlements are taken until the grace is over or everybody has
-    /// gone, then the last commit is made and the log sealed.
+    /// gone, then the last commit is made and the log sealed. The address is free when this returns.
     ///
     /// # Errors
     /// If the last commit could not be made; what it held was not acknowledged.
@@ -233,6 +249,8 @@ impl Broker {
         for task in &self.tasks {
             task.abort();
         }
+        drop(self.endpoint);
+        let _ = tokio::time::timeout(CLOSE_WAIT, released(&self.socket)).await;
         match self.shard.stop().await {
             Ok(anchor) => {
                 save_anchor(&self.config.data, &anchor).unwrap_or_else(
@@ -253,6 +271,13 @@ async fn settled(endpoint: &quinn::Endpoint, shard: &ShardHandle<Store>) {
             Ok(0) | Err(_) => return,
             Ok(_) => tokio::time::sleep(SETTLED_EVERY).await,
         }
+    }
+}
+
+/// Resolves when the endpoint's own task, which nobody can await, has closed the socket.
+async fn released(socket: &Weak<dyn quinn::AsyncUdpSocket>) {
+    while socket.strong_count() > 0 {
+        tokio::time::sleep(RELEASED_EVERY).await;
     }
 }
 

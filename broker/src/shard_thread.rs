@@ -34,9 +34,12 @@ pub enum Message<S: Storage> {
     Input(Input<Option<Permit>>),
     Done(Done<S>),
     Gates { disk_low: bool, no_leases: bool },
-    Look(Box<dyn FnOnce(&mut dyn Look) + Send>),
+    Look(Glance),
     Stop(StopReply),
 }
+
+/// Something to be looked up on the shard thread; it tells whoever asked by itself.
+type Glance = Box<dyn FnOnce(&mut dyn Look) + Send>;
 
 /// What may be looked at on the shard thread between rounds.
 pub trait Look {

@@ -5,7 +5,7 @@
 //! use millpond_client::{Client, Message};
 //!
 //! let client = Client::builder()
-//!     .ca_file("millpond-data/ca.pem")
+//!     .ca_file("millpond-data/tls/ca.pem")
 //!     .connect("millpond://127.0.0.1:7400")
 //!     .await?;
 //! let producer = client.producer("orders").open().await?;

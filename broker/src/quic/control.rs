@@ -199,12 +199,14 @@ impl<S: Storage> Session<'_, S> {
     /// Adds what the shard does not have: bodies, the text of a token, the broker's surroundings.
     async fn complete(&self, answer: Answer, secret: Secret) -> Result<Response, WireError> {
         match (answer, secret) {
-            (Answer::Ready(Ok(_)), Some((name, token))) => Ok(Response::Token { name, token }),
-            (Answer::Ready(Ok(Response::Status(mut status))), _) => {
-                self.context.look.complete(&mut status);
-                Ok(Response::Status(status))
-            }
-            (Answer::Ready(result), _) => result,
+            (Answer::Ready(result), secret) => match (*result, secret) {
+                (Ok(_), Some((name, token))) => Ok(Response::Token { name, token }),
+                (Ok(Response::Status(mut status)), _) => {
+                    self.context.look.complete(&mut status);
+                    Ok(Response::Status(status))
+                }
+                (result, _) => result,
+            },
             (
                 Answer::Peek {
                     topic,

@@ -461,7 +461,7 @@ pub(super) fn row_of(place: millpond_wal::Place, stamp: Stamp, outcome: &Outcome
 pub(super) fn ready(id: u64, result: Result<Response, WireError>) -> Output {
     Output::Response {
         id,
-        answer: Box::new(Answer::Ready(result)),
+        answer: Box::new(Answer::Ready(Box::new(result))),
     }
 }
 

@@ -208,7 +208,7 @@ pub struct Elsewhere {
 /// The answer to a control request; some need bodies, which the session reads.
 #[derive(Debug)]
 pub enum Answer {
-    Ready(Result<Response, WireError>),
+    Ready(Box<Result<Response, WireError>>),
     Peek {
         topic: TopicId,
         first: Offset,

@@ -100,7 +100,14 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 ..
             } => {
                 let then = Then::ShowSubscription(topic.clone(), name.clone());
-                let topic = self.topic(topic)?;
+                let id = self.topic(topic)?;
+                if self.queue.subscription_id(id, name).is_some() {
+                    let text = format!(
+                        "topic {topic:?} has a subscription {name:?} already; `millpond subscription update {topic} {name}` changes it"
+                    );
+                    return Err(WireError::new(ErrorCode::AlreadyExists, text));
+                }
+                let topic = id;
                 Ok((
                     Record::SubscriptionCreate {
                         topic,
@@ -131,6 +138,20 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let show =
             |topic: &String, name: &String| Then::ShowSubscription(topic.clone(), name.clone());
         Ok(match request {
+            Request::TopicCreate { name, .. } if self.queue.topic_id(name).is_some() => {
+                let text = format!(
+                    "topic {name:?} exists already; `millpond topic update {name}` changes it"
+                );
+                return Err(WireError::new(ErrorCode::AlreadyExists, text));
+            }
+            Request::TokenRevoke { name }
+                if !self.queue.tokens().iter().any(|token| token.name == *name) =>
+            {
+                let text = format!(
+                    "there is no token {name:?}; `millpond token list` shows those there are"
+                );
+                return Err(WireError::new(ErrorCode::UnknownToken, text));
+            }
             Request::TopicCreate { name, config } => (
                 Record::TopicCreate {
                     name,

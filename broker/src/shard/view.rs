@@ -118,7 +118,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     pub(super) fn elsewhere(&self, topic: TopicId, offset: Offset) -> Option<Elsewhere> {
         let letter = self.queue.letter(topic, offset).cloned();
         let body = self.queue.body_of(topic, offset);
-        (letter.is_some() || body != (topic, offset)).then(|| Elsewhere {
+        (letter.is_some() || body != (topic, offset)).then_some(Elsewhere {
             topic: body.0,
             offset: body.1,
             letter,

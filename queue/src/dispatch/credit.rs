@@ -278,10 +278,11 @@ enum Mark {
 fn mark(leases: &mut Leases, session: SessionId, clock: Clock, mark: Mark) -> u64 {
     let mut found = 0;
     let mut at = clock.first;
-    while let Some(run) = leases.next(at).copied()
+    while at < clock.end
+        && let Some(run) = leases.next(at).copied()
         && run.first < clock.end
     {
-        let (first, end) = (run.first.max(clock.first), run.end.min(clock.end));
+        let (first, end) = (run.first.max(at), run.end.min(clock.end));
         at = end;
         if run.session != session || run.delivery != clock.delivery {
             continue;

@@ -385,10 +385,13 @@ fn leased(sub: &Subscription, id: SessionId, clock: Clock) -> impl Iterator<Item
     let mut at = clock.first;
     std::iter::from_fn(move || {
         loop {
+            if at >= clock.end {
+                return None;
+            }
             let run = sub.leases.next(at).filter(|run| run.first < clock.end)?;
-            let (first, end) = (run.first.max(clock.first), run.end.min(clock.end));
+            let (first, end) = (run.first.max(at), run.end.min(clock.end));
             at = end;
-            if run.session == id && run.delivery == clock.delivery && first < end {
+            if run.session == id && run.delivery == clock.delivery {
                 return Some(LeaseRun { first, end, ..*run });
             }
         }

@@ -318,7 +318,9 @@ impl Server<'_> {
                 at = self.sub.done.next_absent(at);
                 continue;
             }
-            let delayed = self.topic.delays.next_in(at, end);
+            let mut delays = self.topic.delays.range(at, end);
+            let delayed = delays.find(|(_, due)| *due > self.now);
+            let delayed = delayed.map(|(offset, _)| offset);
             let waiting = self.sub.retries.next_in(at, end);
             let others = done.into_iter().chain(delayed).chain(waiting);
             end = others.fold(end, u64::min);

@@ -77,7 +77,7 @@ impl Queue {
         if let Some(topic) = self.topics.get_mut(&topic_id) {
             topic.subscriptions.insert(name, id);
             // Expiries that went before it concern it too.
-            topic.reconsider_lives(start);
+            topic.reconsider_lives(start, &mut self.dirty);
         }
         self.reset_hand(id);
         self.dirty.mark(dirty::META);
@@ -216,7 +216,7 @@ impl Queue {
             return unknown_topic();
         };
         let (target, next) = (resolve(topic, to), topic.next);
-        topic.reconsider_lives(target);
+        topic.reconsider_lives(target, &mut self.dirty);
         self.dirty.mark(dirty::topic(topic_id, 0));
         self.revoke(id, 0, u64::MAX, LostReason::Seek, out);
         self.forget_waiting(id);

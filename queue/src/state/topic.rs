@@ -10,6 +10,7 @@ use std::sync::Arc;
 use millpond_protocol::{Offset, Stamp, SubscriptionId, TopicConfig, TopicId};
 
 use crate::state::dead_letter::Letter;
+use crate::state::dirty::{self, Dirty};
 
 /// Messages after which the index gets a new row.
 pub const ROW_MESSAGES: u64 = 1_024;
@@ -115,13 +116,15 @@ impl Topic {
 
     /// From here on messages are to be looked at again for the end of their lives: a subscription
     /// begins or goes back there.
-    pub fn reconsider_lives(&mut self, from: u64) {
+    pub fn reconsider_lives(&mut self, from: u64, dirty: &mut Dirty) {
         self.ttl_floor = self.ttl_floor.min(from);
         self.ttl_proposed = self.ttl_floor;
         self.lives_proposed = None;
         for (offset, extra) in self.extras.range(from..) {
-            if let Some(expires_at) = extra.expires_at {
-                self.lives.insert((expires_at, *offset));
+            if let Some(expires_at) = extra.expires_at
+                && self.lives.insert((expires_at, *offset))
+            {
+                dirty.mark(dirty::extras(self.id, *offset));
             }
         }
     }

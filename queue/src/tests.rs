@@ -2,7 +2,14 @@
 //! checked for invariants, and at the end of every test the log is folded again, whole and from a
 //! snapshot, to the same bytes.
 
+mod dead;
+mod dispatch;
+mod expiry;
+mod publish;
+mod sessions;
 mod settle;
+mod snapshot;
+mod streams;
 
 use bytes::{Bytes, BytesMut};
 use millpond_protocol::control::{LeaseName, Outcome as Verdict, RejectKind};

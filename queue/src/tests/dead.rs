@@ -1,0 +1,333 @@
+use millpond_protocol::control::{DeadFilter, DeadReason, RedriveTarget};
+
+use super::*;
+
+fn config(max_attempts: u32) -> SubscriptionConfig {
+    SubscriptionConfig {
+        max_attempts,
+        ..plain()
+    }
+}
+
+/// A topic of three messages of which the first two are dead.
+fn two_dead(rig: &mut Rig) -> (TopicId, SubscriptionId) {
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 3);
+    rig.consumer(sub, 1, 100);
+    rig.run();
+    rig.settle(sub, 1, 0, 1, reject());
+    rig.settle(sub, 1, 1, 1, reject());
+    rig.ack(sub, 1, 2, 1);
+    (topic, sub)
+}
+
+fn redrive(rig: &mut Rig, filter: DeadFilter, rate: Option<u32>, target: RedriveTarget) -> u64 {
+    let dead = rig.queue.dead_topic("t", "s").unwrap();
+    let outcome = rig.apply(&Record::Redrive {
+        topic: dead,
+        source_topic: "t",
+        subscription: "s",
+        filter,
+        rate_per_s: rate,
+        target,
+    });
+    match outcome {
+        Outcome::Redrive(view) => view.job,
+        other => panic!("{other:?}"),
+    }
+}
+
+// SEMANTICS 3
+#[test]
+fn every_queue_subscription_has_a_dead_letter_topic_from_birth() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    assert_eq!(rig.view(sub).dead_letter, "t.s.dead");
+    assert!(rig.queue.topic_id("t.s.dead").is_some());
+}
+
+// SEMANTICS 1 table, 3
+#[test]
+fn a_message_dies_after_max_attempts_and_tells_its_story() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub_with(topic, "s", config(3));
+    rig.publish(topic, 1);
+    rig.consumer(sub, 1, 100);
+    for delivery in 1..=3 {
+        rig.run();
+        rig.say(1, u64::from(delivery));
+        rig.wait(250);
+        rig.nack(sub, 1, 0, delivery);
+        rig.wait(600_000);
+        rig.queue.renew(SessionId(1), rig.now);
+    }
+    let letters = rig.letters("t", "s");
+    let (offset, letter) = &letters[0];
+    assert_eq!(
+        (*offset, letter.source, letter.source_offset),
+        (0, topic, Offset(0))
+    );
+    assert_eq!(letter.reason, DeadReason::MaxAttempts);
+    assert_eq!(
+        (letter.failures, letter.deliveries, letter.releases),
+        (3, 3, 0)
+    );
+    assert!(rig.queue.record_is_pinned(letter.place));
+    let logged = rig
+        .log
+        .iter()
+        .find(|logged| logged.place == letter.place)
+        .unwrap();
+    let Ok(Record::Settle { items, .. }) = Record::decode(logged.kind, &logged.bytes) else {
+        panic!("the letter points to its last settlement");
+    };
+    assert_eq!(items[0].history.len(), 3, "this failure included");
+    assert_eq!(items[0].history[0].consumer, "consumer-1");
+    assert_eq!(items[0].history[0].duration_ms, 250);
+    assert!(items[0].begun_at.is_some());
+    assert!(rig.queue.is_live(topic, Offset(0)), "its body stays");
+    assert_eq!(rig.view(sub).backlog, 0);
+}
+
+// SEMANTICS 1.2
+#[test]
+fn many_releases_end_at_max_deliveries() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let config = SubscriptionConfig {
+        max_deliveries: 4,
+        ..plain()
+    };
+    let sub = rig.sub_with(topic, "s", config);
+    rig.publish(topic, 1);
+    rig.consumer(sub, 1, 100);
+    for delivery in 1..=4 {
+        assert_eq!(rig.run().len(), 1);
+        rig.settle(sub, 1, 0, delivery, release());
+    }
+    let letters = rig.letters("t", "s");
+    assert_eq!(letters[0].1.reason, DeadReason::MaxDeliveries);
+    assert_eq!((letters[0].1.failures, letters[0].1.releases), (0, 4));
+}
+
+// SEMANTICS 3
+#[test]
+fn a_dead_letter_topic_has_none_of_its_own_and_what_fails_there_stays() {
+    let mut rig = Rig::new();
+    two_dead(&mut rig);
+    let dead = rig.queue.topic_id("t.s.dead").unwrap();
+    let sub = rig.sub_with(dead, "readers", config(1));
+    assert_eq!(rig.view(sub).dead_letter, "");
+    rig.consumer(sub, 2, 100);
+    assert_eq!(rig.offsets(), [0, 1]);
+    rig.nack(sub, 2, 0, 1);
+    rig.ack(sub, 2, 1, 1);
+    let view = rig.view(sub);
+    assert_eq!((view.dead, view.backlog), (1, 0));
+    assert!(rig.queue.letter(dead, Offset(0)).is_some());
+    assert_eq!(rig.queue.first_kept(dead), Offset(0));
+}
+
+// SEMANTICS 3
+#[test]
+fn a_cycle_of_dead_letter_topics_is_refused() {
+    let mut rig = Rig::new();
+    let a = rig.topic("a");
+    let b = rig.topic("b");
+    rig.sub(b, "s");
+    let create = |topic, dead: &str| Record::SubscriptionCreate {
+        topic,
+        name: "x",
+        config: SubscriptionConfig {
+            dead_letter: Some(dead.into()),
+            ..plain()
+        },
+        start: StartPosition::Earliest,
+    };
+    for (topic, dead) in [
+        (a, "a"),
+        (a, "b"),
+        (rig.queue.topic_id("b.s.dead").unwrap(), "b"),
+    ] {
+        let outcome = rig.apply(&create(topic, dead));
+        assert_eq!(code(&outcome), Some(ErrorCode::DeadLetterCycle));
+    }
+}
+
+// SEMANTICS 3
+#[test]
+fn deleting_a_subscription_keeps_its_letters() {
+    let mut rig = Rig::new();
+    let (topic, sub) = two_dead(&mut rig);
+    rig.apply(&Record::SubscriptionDelete { subscription: sub });
+    assert_eq!(rig.letters("t", "s").len(), 2);
+    assert!(rig.queue.is_live(topic, Offset(1)));
+    rig.apply(&Record::TopicDelete { topic });
+    assert_eq!(rig.letters("t", "s").len(), 2);
+    assert!(
+        rig.queue.is_live(topic, Offset(1)),
+        "bodies outlive their topic"
+    );
+    assert!(!rig.queue.is_live(topic, Offset(2)));
+}
+
+// SEMANTICS 3
+#[test]
+fn a_redriven_message_starts_anew_in_its_subscription_only() {
+    let mut rig = Rig::new();
+    let (topic, sub) = two_dead(&mut rig);
+    let other = rig.sub(topic, "other");
+    let job = redrive(
+        &mut rig,
+        DeadFilter::default(),
+        None,
+        RedriveTarget::Subscription,
+    );
+    let got = rig.run();
+    assert_eq!(got.iter().map(|got| got.offset).collect::<Vec<_>>(), [0, 1]);
+    assert!(got.iter().all(|got| (got.attempt, got.delivery) == (1, 2)));
+    let view = rig.queue.redrive_view(job).unwrap();
+    assert_eq!((view.total, view.done, view.finished), (2, 2, true));
+    assert_eq!(rig.letters("t", "s").len(), 0);
+    assert_eq!(
+        rig.view(sub).floor,
+        Offset(3),
+        "the floor does not move back"
+    );
+    assert_eq!(rig.view(other).backlog, 0);
+    assert!(rig.queue.is_live(topic, Offset(0)));
+    rig.ack(sub, 1, 0, 2);
+    assert!(!rig.queue.is_live(topic, Offset(0)));
+    rig.settle(sub, 1, 1, 2, reject());
+    let letters = rig.letters("t", "s");
+    assert_eq!(
+        (letters[0].0, letters[0].1.redrives, letters[0].1.failures),
+        (2, 1, 1)
+    );
+}
+
+// SEMANTICS 3
+#[test]
+fn a_message_redriven_to_its_topic_is_new_for_every_subscription() {
+    let mut rig = Rig::new();
+    let (topic, sub) = two_dead(&mut rig);
+    let other = rig.sub(topic, "other");
+    redrive(&mut rig, DeadFilter::default(), None, RedriveTarget::Topic);
+    assert_eq!(rig.offsets(), [3, 4]);
+    assert_eq!(rig.view(other).backlog, 2);
+    assert_eq!(rig.queue.body_of(topic, Offset(3)), (topic, Offset(0)));
+    rig.settle(sub, 1, 3, 1, reject());
+    assert_eq!(rig.letters("t", "s")[0].1.body, (topic, Offset(0)));
+}
+
+// SEMANTICS 3
+#[test]
+fn a_redrive_keeps_its_pace_and_stops_half_way_without_a_loss() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 100);
+    rig.consumer(sub, 1, 1_000);
+    rig.run();
+    for offset in 0..100 {
+        rig.settle(sub, 1, offset, 1, reject());
+    }
+    let job = redrive(
+        &mut rig,
+        DeadFilter::default(),
+        Some(20),
+        RedriveTarget::Subscription,
+    );
+    let got = rig.run_for(2_000);
+    assert!(
+        (38..=44).contains(&got.len()),
+        "about 20 a second: {}",
+        got.len()
+    );
+    let Outcome::Redrive(view) = rig.apply(&Record::RedriveCancel { job }) else {
+        panic!();
+    };
+    assert!(view.finished && view.cancelled);
+    assert_eq!(rig.run_for(5_000).len(), 0);
+    assert_eq!(rig.letters("t", "s").len() + got.len(), 100);
+}
+
+// SEMANTICS 3
+#[test]
+fn a_filter_chooses_letters_by_offset_reason_and_number() {
+    let mut rig = Rig::new();
+    two_dead(&mut rig);
+    let filter = DeadFilter {
+        reason: Some(DeadReason::MaxAge),
+        ..Default::default()
+    };
+    let job = redrive(&mut rig, filter, None, RedriveTarget::Subscription);
+    assert!(
+        rig.queue.redrive_view(job).unwrap().finished,
+        "there is none"
+    );
+    let filter = DeadFilter {
+        offsets: vec![Offset(1)],
+        ..Default::default()
+    };
+    redrive(&mut rig, filter, None, RedriveTarget::Subscription);
+    assert_eq!(rig.offsets(), [1]);
+    let dead = rig.queue.dead_topic("t", "s").unwrap();
+    let purged = rig.apply(&Record::DeadPurge {
+        topic: dead,
+        source_topic: "t",
+        subscription: "s",
+        filter: DeadFilter {
+            limit: Some(5),
+            ..Default::default()
+        },
+    });
+    assert_eq!(purged, Outcome::Purged { count: 1 });
+    assert!(rig.letters("t", "s").is_empty());
+}
+
+// SEMANTICS 3
+#[test]
+fn purging_a_topic_spares_the_bodies_of_dead_letters() {
+    let mut rig = Rig::new();
+    let (topic, sub) = two_dead(&mut rig);
+    rig.publish(topic, 2);
+    rig.run();
+    assert_eq!(
+        rig.apply(&Record::TopicPurge { topic }),
+        Outcome::Purged { count: 2 }
+    );
+    assert_eq!(rig.view(sub).backlog, 0);
+    assert!(rig.queue.is_live(topic, Offset(0)));
+    assert!(!rig.queue.is_live(topic, Offset(3)));
+    assert_eq!(rig.publish(topic, 1), 5, "offsets go on");
+}
+
+// SEMANTICS 1 table
+#[test]
+fn a_damaged_body_is_filed_as_damaged() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 3);
+    rig.consumer(sub, 1, 1);
+    rig.run();
+    rig.apply(&Record::Damaged {
+        topic,
+        ranges: vec![crate::OffsetRun {
+            offset: Offset(0),
+            count: 2,
+        }],
+    });
+    let reasons: Vec<_> = rig
+        .letters("t", "s")
+        .iter()
+        .map(|(_, l)| l.reason)
+        .collect();
+    assert_eq!(reasons, [DeadReason::Damaged; 2]);
+    rig.grant(1, 5);
+    assert_eq!(rig.offsets(), [2]);
+}

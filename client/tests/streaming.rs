@@ -11,7 +11,8 @@ use millpond_client::{
 };
 use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, Settled};
 use millpond_protocol::frame::FrameType;
-use millpond_protocol::hot::decode_commit;
+use millpond_protocol::hot::{ConsumerCredit, decode_commit};
+use millpond_protocol::{ErrorCode, WireError};
 
 async fn open(
     client: &Client,
@@ -165,4 +166,50 @@ async fn a_seek_back_is_followed() {
     deliveries.write(FrameType::ConsumerNotice, &active).await;
     deliveries.deliver(0, 1..3).await;
     assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
+}
+
+async fn gives_credit(deliveries: &mut Duplex, messages: u64) -> bool {
+    let frame = deliveries.read(FrameType::ConsumerCredit).await;
+    let credit = ConsumerCredit::decode(&frame.body).unwrap();
+    credit.credit.max_messages >= messages
+}
+
+#[tokio::test]
+async fn what_comes_behind_a_seek_is_kept_although_its_answer_comes_later() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..4).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    let seeking = subscription.seek(StartAt::Offset(Offset(1)));
+    let answering = async {
+        let (id, _) = connection.request().await;
+        let active = ConsumerNotice::Active { from: Offset(1) };
+        deliveries.write(FrameType::ConsumerNotice, &active).await;
+        deliveries.deliver(0, 1..3).await;
+        // New credit for the message that the notice made void: the client has seen it.
+        while !gives_credit(&mut deliveries, 1_004).await {}
+        connection.respond(id, Ok(Response::Done)).await;
+    };
+    let (sought, ()) = tokio::join!(seeking, answering);
+    assert_eq!(sought, Ok(()));
+    assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
+}
+
+#[tokio::test]
+async fn a_refused_seek_leaves_what_is_there() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..4).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    let seeking = subscription.seek(StartAt::Offset(Offset(1)));
+    let refusing = async {
+        let (id, _) = connection.request().await;
+        let no = WireError::new(ErrorCode::UnknownSubscription, "it has gone");
+        connection.respond(id, Err(no)).await;
+    };
+    let (sought, ()) = tokio::join!(seeking, refusing);
+    assert!(sought.is_err());
+    assert_eq!(offsets(&mut subscription, 1).await, [3]);
 }

@@ -118,6 +118,8 @@ struct State {
 #[derive(Default)]
 struct StreamPosition {
     active: bool,
+    /// Asked to go elsewhere, and not told yet where that is.
+    seeking: bool,
     resumed: bool,
     skip_below: Offset,
     next: Offset,
@@ -176,7 +178,7 @@ impl Session {
             };
             return Poll::Ready(end);
         }
-        let next = if state.paused {
+        let next = if state.paused || state.stream.seeking {
             None
         } else {
             state.buffer.pop_front()
@@ -265,14 +267,25 @@ impl Session {
         self.state.lock().stream.active
     }
 
-    /// Stream mode: what is buffered is not what the user will want next.
-    pub fn sought(&self) {
+    /// Stream mode: a seek has been asked for. What is buffered is not what the user will want next,
+    /// so nothing is handed out until the broker says on the delivery stream where it goes on; the
+    /// seek's own answer comes on another stream, before that or after.
+    pub fn seek(&self) {
         let mut state = self.state.lock();
-        state.clear_buffer();
-        state.stream.skip_below = Offset(0);
-        state.stream.committed = Offset(0);
+        if state.stream.active {
+            state.stream.seeking = true;
+        }
+    }
+
+    /// The seek was refused, or its outcome is unknown: what is buffered may be all that comes.
+    pub fn seek_failed(&self) {
+        let mut state = self.state.lock();
+        state.stream.seeking = false;
+        let user = state.user.take();
         drop(state);
-        self.credit_work.notify_one();
+        if let Some(user) = user {
+            user.wake();
+        }
     }
 
     /// Takes a deliver frame's messages.
@@ -294,7 +307,7 @@ impl Session {
             ConsumerNotice::LeasesLost { leases, reason } => state.leases_lost(leases, reason),
             ConsumerNotice::Active { from } => state.activated(from),
             ConsumerNotice::Standby => {
-                state.stream.active = false;
+                (state.stream.active, state.stream.seeking) = (false, false);
                 state.clear_buffer();
             }
             ConsumerNotice::Paused { reason } => {
@@ -594,16 +607,17 @@ impl State {
 
     fn activated(&mut self, from: Offset) {
         self.stream.active = true;
+        self.stream.seeking = false;
         // A resumed session goes on behind what it has received; any other turn begins anew.
         if !std::mem::take(&mut self.stream.resumed) {
             self.clear_buffer();
             self.stream.skip_below = Offset(0);
-            self.stream.next = from;
+            (self.stream.next, self.stream.committed) = (from, from);
         }
     }
 
     fn stream_reopened(&mut self, same: bool, position: Offset) {
-        if same && position >= self.stream.committed {
+        if same && !self.stream.seeking && position >= self.stream.committed {
             self.stream.resumed = true;
             self.stream.skip_below = self.stream.next;
         } else {

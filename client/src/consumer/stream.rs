@@ -11,7 +11,7 @@ use millpond_protocol::{Offset, StartAt};
 
 use super::SessionHandle;
 use super::delivery::SettleReceipt;
-use super::session::Item;
+use super::session::{Item, Session};
 use crate::client::{Client, Inner};
 use crate::delivery::Received;
 use crate::error::Error;
@@ -78,11 +78,11 @@ impl StreamSubscription {
             name: self.name.clone(),
             to,
         };
-        let answer = Client::from_inner(Arc::clone(&self.inner))
-            .request(request)
-            .await;
-        self.session.0.sought();
-        answer.map(|_| ())
+        let mut seeking = Seeking::begin(&self.session.0);
+        let client = Client::from_inner(Arc::clone(&self.inner));
+        client.request(request).await?;
+        seeking.answered = true;
+        Ok(())
     }
 
     /// True while this consumer is the active one; otherwise it stands by.
@@ -108,6 +108,30 @@ impl StreamSubscription {
                 Item::Corrupt { first, next } => Err(Error::Corrupt { first, next }),
             })
         })
+    }
+}
+
+/// A seek whose answer may never come: then the session goes on as it was.
+struct Seeking<'a> {
+    session: &'a Session,
+    answered: bool,
+}
+
+impl<'a> Seeking<'a> {
+    fn begin(session: &'a Session) -> Self {
+        session.seek();
+        Self {
+            session,
+            answered: false,
+        }
+    }
+}
+
+impl Drop for Seeking<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.session.seek_failed();
+        }
     }
 }
 

@@ -63,8 +63,9 @@ impl Shared {
 
     /// Connects once and starts the supervisor.
     pub async fn start(self: &Arc<Self>, limit: Duration) -> Result<(), Error> {
-        let made = self.dialer.dial(limit).await?;
-        let task = supervise(Arc::clone(self), made);
+        let (link, control) = self.dialer.dial(limit).await?;
+        let link = self.connected(link);
+        let task = supervise(Arc::clone(self), link, control);
         self.supervisor.spawn(task);
         Ok(())
     }
@@ -132,6 +133,15 @@ impl Shared {
         let _ = timeout(CLOSE_TIMEOUT, self.dialer.wait_idle()).await;
     }
 
+    /// Shows everybody the new connection.
+    fn connected(&self, link: Link) -> Arc<Link> {
+        self.succeeded();
+        self.last_error.lock().take();
+        let link = Arc::new(link);
+        self.link.send_replace(Some(Arc::clone(&link)));
+        link
+    }
+
     async fn redial(&self) -> (Link, ControlStream) {
         let mut backoff = Backoff::default();
         loop {
@@ -150,15 +160,9 @@ impl Shared {
     }
 }
 
-async fn supervise(shared: Arc<Shared>, first: (Link, ControlStream)) {
-    let mut made = first;
+async fn supervise(shared: Arc<Shared>, mut link: Arc<Link>, mut control: ControlStream) {
     loop {
-        let (link, control) = made;
         let connection = link.connection.clone();
-        shared.succeeded();
-        shared.last_error.lock().take();
-        let link = Arc::new(link);
-        shared.link.send_replace(Some(Arc::clone(&link)));
         tokio::select! {
             end = control.run() => {
                 tracing::info!(?end, "the connection to the broker has ended");
@@ -172,10 +176,12 @@ async fn supervise(shared: Arc<Shared>, first: (Link, ControlStream)) {
         }
         shared.link.send_replace(None);
         connection.close(0u32.into(), b"the control stream ended");
-        made = tokio::select! {
+        let made = tokio::select! {
             made = shared.redial() => made,
             () = shared.closed.cancelled() => return,
         };
+        link = shared.connected(made.0);
+        control = made.1;
     }
 }
 

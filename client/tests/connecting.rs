@@ -27,6 +27,13 @@ async fn the_token_and_the_name_are_told_first() {
 }
 
 #[tokio::test]
+async fn a_client_that_has_connected_says_so_at_once() {
+    let broker = FakeBroker::start();
+    let (client, _connection) = broker.connected().await;
+    assert!(client.is_connected() && client.welcome().is_some());
+}
+
+#[tokio::test]
 async fn a_certificate_of_another_ca_is_explained() {
     let broker = FakeBroker::start();
     let stranger = FakeBroker::start();

@@ -243,12 +243,16 @@ impl Pipeline {
             credit.max_messages = credit.max_messages.max(ack.credit.max_messages);
             credit.max_bytes = credit.max_bytes.max(ack.credit.max_bytes);
         }
-        self.pressure = ack.pressure.map(|reason| Pressure {
+        for row in &ack.rows {
+            self.row(row, wakeups)?;
+        }
+        let pressure = ack.pressure.map(|reason| Pressure {
             reason,
             retry_after: retry_after(Some(ack.retry_after_ms)),
         });
-        for row in &ack.rows {
-            self.row(row, wakeups)?;
+        // What was refused stays pressed until something is accepted again.
+        if pressure.is_some() || self.last_refusal.is_none() {
+            self.pressure = pressure;
         }
         self.recovered();
         Ok(())

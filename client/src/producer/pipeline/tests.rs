@@ -470,3 +470,22 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn what_was_refused_stays_pressed_until_something_is_accepted() {
+    let now = Instant::now();
+    let wakeups = &mut Wakeups::default();
+    let mut pipeline = pipeline(0, WIDE);
+    let _slot = push(&mut pipeline, "a", now);
+    let first = frame(&mut pipeline, now).unwrap();
+    let full = refusal(&first, 0, ErrorCode::BacklogLimit);
+    pipeline.refused(&full, now, wakeups).unwrap();
+    // Credit alone, as it comes behind every answer.
+    pipeline.acked(&PublishAck::default(), wakeups).unwrap();
+    let reason = pipeline.pressure().map(|pressure| pressure.reason);
+    assert_eq!(reason, Some(ErrorCode::BacklogLimit));
+
+    frame(&mut pipeline, now + TIMEOUT / 2).unwrap();
+    pipeline.acked(&appended(1, 0, 1), wakeups).unwrap();
+    assert_eq!(pipeline.pressure(), None);
+}

@@ -3,6 +3,9 @@
 mod common;
 mod dead_letters;
 mod leases;
+mod producers;
 mod queue_mode;
+mod restart;
 mod schedule;
+mod stream_mode;
 mod worker;

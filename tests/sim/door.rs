@@ -281,6 +281,19 @@ impl World {
                 let (sub, from) = (self.sub_of(client), from.0);
                 self.note(Event::Active { sub, session, from });
             }
+            Output::Notice(ConsumerNotice::LeasesLost { leases, .. }) => {
+                let session = conn.session.map_or(0, |session| session.0);
+                let leases = leases
+                    .iter()
+                    .map(|lease| (lease.offset.0, lease.delivery.0));
+                let leases = leases.collect();
+                let sub = self.sub_of(client);
+                self.note(Event::Lost {
+                    sub,
+                    session,
+                    leases,
+                });
+            }
             Output::Deliver(run) => {
                 let run = run.clone();
                 return self.deliver(shard, stream, client, &run);

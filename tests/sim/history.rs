@@ -92,6 +92,12 @@ pub enum Event {
         offset: u64,
         delivery: u32,
     },
+    /// The session was told that these leases, by offset and delivery, are over.
+    Lost {
+        sub: SubNo,
+        session: u64,
+        leases: Vec<(u64, u32)>,
+    },
     /// The shard took settlements in.
     SettleTaken {
         id: u64,

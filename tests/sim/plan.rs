@@ -110,7 +110,7 @@ impl Plan {
     /// An empty history with the rules of this world.
     pub fn history(&self) -> History {
         let topics = self.topics.iter().map(|topic| TopicRules {
-            keeps_all: topic.config.retention_ms > 0,
+            keeps_all: topic.config.retention_ms > 0 && topic.config.max_messages.is_none(),
         });
         let subs = self.subs.iter().map(|sub| SubRules {
             topic: sub.topic,

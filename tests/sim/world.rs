@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write;
+use std::sync::{Arc, Mutex};
 
 use millpond_broker::clock::ManualClock;
 use millpond_broker::shard::io::{Input, StreamId};
@@ -37,17 +38,18 @@ const EVENTS_MAX: u64 = 400_000;
 const CRASHES_DEEP: u64 = 3;
 
 /// How a world is run.
-#[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Options {
-    /// Keep a line for everything that happens.
-    pub trace: bool,
+    /// Gets a line for everything that happens, and survives a panic.
+    pub trace: Option<Trace>,
 }
+
+pub type Trace = Arc<Mutex<String>>;
 
 /// What came of it.
 pub struct Outcome {
     pub history: History,
     pub stats: Stats,
-    pub trace: String,
 }
 
 pub struct World {
@@ -76,7 +78,7 @@ pub struct World {
     pub(crate) stats: Stats,
     /// Up to where each topic has been seen.
     seen_until: Vec<u64>,
-    trace: Option<String>,
+    trace: Option<Trace>,
 }
 
 /// For the shard.
@@ -145,7 +147,7 @@ impl World {
             history,
             stats: Stats::default(),
             seen_until: vec![0; plan.topics.len()],
-            trace: options.trace.then(String::new),
+            trace: options.trace,
             rng,
             plan,
         }
@@ -181,14 +183,14 @@ impl World {
         Outcome {
             history: self.history,
             stats: self.stats,
-            trace: self.trace.unwrap_or_default(),
         }
     }
 
     /// A line of the trace.
     pub(crate) fn tell(&mut self, line: impl FnOnce() -> String) {
         let now = self.now;
-        if let Some(trace) = &mut self.trace {
+        if let Some(trace) = &self.trace {
+            let mut trace = trace.lock().expect("a panic ends the run");
             writeln!(trace, "{now} {}", line()).expect("a string takes everything");
         }
     }

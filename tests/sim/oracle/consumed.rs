@@ -61,6 +61,8 @@ struct Last {
     event: usize,
     process: u64,
     begun: bool,
+    /// Its session was told that it is over.
+    lost: bool,
     said: Option<Said>,
 }
 
@@ -118,6 +120,22 @@ impl Consumed {
                 let last = message.and_then(|message| message.last.as_mut());
                 if let Some(last) = last.filter(|last| last.delivery.delivery == *delivery) {
                     last.begun = true;
+                }
+            }
+            Event::Lost {
+                sub,
+                session,
+                leases,
+            } => {
+                for (offset, delivery) in leases {
+                    let message = self.subs[*sub].messages.get_mut(offset);
+                    let last = message.and_then(|message| message.last.as_mut());
+                    let this = (*session, *delivery);
+                    if let Some(last) = last
+                        && (last.delivery.session, last.delivery.delivery) == this
+                    {
+                        last.lost = true;
+                    }
                 }
             }
             Event::SettleTaken {
@@ -262,6 +280,7 @@ impl Sub {
             event: now,
             process,
             begun: false,
+            lost: false,
             said: None,
         });
         message.deliveries += 1;
@@ -274,7 +293,8 @@ impl Sub {
             return;
         };
         verdict.check(
-            before.process != process || new.delivery > before.delivery.delivery,
+            // A hand-out that came to nothing leaves its number to the next one.
+            before.process != process || before.lost || new.delivery > before.delivery.delivery,
             I6,
             || {
                 format!(

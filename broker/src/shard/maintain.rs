@@ -3,6 +3,8 @@
 //! The long part of each is a `Job` for another thread; only planning it and installing its result
 //! happen here, between commits. One job of a kind runs at a time.
 
+use std::io::ErrorKind;
+
 use millpond_protocol::{LogIndex, Offset, TopicId};
 use millpond_queue::{Place, SnapshotDelta};
 use millpond_wal::snapshot::SnapshotError;
@@ -127,6 +129,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                         self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
                 }
+            }
+            // Sealed by an append in the meantime, and cleaned or removed after that.
+            Done::Seal(Err(error)) if error.source.kind() == ErrorKind::NotFound => {
+                self.maintenance.seal_running = false;
             }
             Done::Seal(result) => {
                 self.maintenance.seal_running = false;

@@ -425,3 +425,19 @@ fn a_letter_of_a_message_that_was_leased_when_the_limit_killed_it_counts_its_del
     let letter = bench.core.letter(dead, Offset(0)).expect("it is dead");
     assert_eq!((letter.source_offset, letter.deliveries), (Offset(0), 1));
 }
+
+// DESIGN 2: one overlay holds every proposal not yet applied, so nothing is handed out twice.
+#[test]
+fn a_seek_does_not_hand_out_again_under_the_name_of_what_is_on_its_way() {
+    let mut bench = Bench::new(SubscriptionConfig::default());
+    bench.open(A, 10);
+    bench.publish(&Message::new("0"));
+    let mut on_its_way = Vec::new();
+    bench.core.dispatch(Stamp(bench.now), 10, &mut on_its_way);
+    assert_eq!(on_its_way.len(), 1);
+    let (subscription, to) = (bench.sub, StartPosition::At(Offset(0)));
+    bench.log(&Record::SubscriptionSeek { subscription, to });
+    let mut again = Vec::new();
+    bench.core.dispatch(Stamp(bench.now), 10, &mut again);
+    assert_ne!(again, on_its_way, "the same lease for the second time");
+}

@@ -9,7 +9,9 @@ use millpond_protocol::{
     Epoch, ErrorCode, Offset, ProducerKey, Sequence, SessionId, Stamp, SubscriptionConfig,
     SubscriptionId, TopicConfig, TopicId,
 };
-use millpond_queue::{Effect, Expired, Outcome, Place, Queue, Record, StartPosition};
+use millpond_queue::{
+    Effect, Expired, Outcome, PRODUCER_IDLE_MS, Place, Queue, Record, StartPosition,
+};
 
 use crate::state::*;
 
@@ -49,7 +51,10 @@ impl Model {
         self.lost.clear();
         self.maybe_lost.clear();
         match record {
-            Record::Start { .. } => self.start(to.stamp),
+            Record::Start { recovery_epoch } => {
+                self.recovery_epoch = *recovery_epoch;
+                self.start(to.stamp);
+            }
             Record::TopicCreate { name, config } => self.topic_create(name, config, to),
             Record::TopicUpdate { topic, patch } => {
                 let old = self.topics.get(topic).map(|topic| topic.config.clone());
@@ -137,7 +142,12 @@ impl Model {
             Record::Skip { .. } => {}
             Record::Expire(Expired::Producers { producers }) => {
                 for key in producers {
-                    self.producers.remove(key);
+                    let known = self.producers.get(key);
+                    let over = known.map(|known| known.active.plus_ms(PRODUCER_IDLE_MS));
+                    // It may have come back to life meanwhile.
+                    if over.is_some_and(|over| over <= to.stamp) {
+                        self.producers.remove(key);
+                    }
                 }
             }
             _ => self.fold_lease(record, to),
@@ -200,6 +210,8 @@ impl Model {
     /// The topic for letters, which the core makes if it is missing.
     pub fn dead_topic(&mut self, name: &str, core: &Queue) -> TopicId {
         if let Some(id) = self.topic_named(name) {
+            // From now on, whoever sends letters there or no longer does.
+            self.topics.get_mut(&id).unwrap().is_dead = true;
             return id;
         }
         let id = core
@@ -325,7 +337,11 @@ impl Model {
         to: &Applied<'_>,
     ) {
         let Some(known) = self.topics.get(&topic) else {
-            to.accepted(&[ErrorCode::UnknownTopic]);
+            to.accepted(&[
+                ErrorCode::UnknownTopic,
+                ErrorCode::InvalidName,
+                ErrorCode::InvalidPolicy,
+            ]);
             return;
         };
         let (first, next) = (known.first, known.next());
@@ -490,6 +506,7 @@ impl Model {
             self.revoke(id, offset, Ending::Revoked);
             let is_dead = self.is_dead_still(id, offset, to.core);
             let item = self.item(id, offset);
+            item.sought = true;
             if offset < target {
                 if !item.is_finished() {
                     item.state = State::Acked;
@@ -793,20 +810,31 @@ impl Model {
 
     /// Whether somebody has not finished this message.
     pub fn is_needed(&self, topic: TopicId, offset: u64) -> bool {
+        self.is_wanted(topic, offset, |item| !item.is_finished())
+    }
+
+    /// The same without what a redrive brought back: its body stays by itself.
+    pub fn is_unread(&self, topic: TopicId, offset: u64) -> bool {
+        self.is_wanted(topic, offset, |item| {
+            !item.is_finished() && item.redrives == 0
+        })
+    }
+
+    fn is_wanted(&self, topic: TopicId, offset: u64, counts: impl Fn(&Item) -> bool) -> bool {
         let subs = self.subs_of(topic);
-        let one_needs = |id: &SubscriptionId| {
+        let one_wants = |id: &SubscriptionId| {
             let sub = &self.subs[id];
             match sub.is_queue() {
-                true => !sub.items[offset as usize].is_finished(),
+                true => counts(&sub.items[offset as usize]),
                 false => sub.committed <= offset,
             }
         };
-        subs.is_empty() || subs.iter().any(one_needs)
+        subs.is_empty() || subs.iter().any(one_wants)
     }
 
     fn is_full(&self, id: TopicId) -> bool {
         let topic = &self.topics[&id];
-        let needed = (topic.first..topic.next()).filter(|offset| self.is_needed(id, *offset));
+        let needed = (topic.first..topic.next()).filter(|offset| self.is_unread(id, *offset));
         let limit = topic.config.max_messages;
         topic.config.on_limit == OnLimit::RefusePublish
             && limit.is_some_and(|limit| needed.count() as u64 >= limit)
@@ -871,6 +899,7 @@ impl Model {
             since: to.stamp,
             alive: to.stamp,
             given: to.stamp,
+            resumed: Stamp(0),
             max_messages: 0,
             max_bytes: 0,
             sent: Vec::new(),
@@ -938,9 +967,13 @@ impl Model {
         let end = first.min(topic.next());
         for offset in topic.first..end {
             for sub in self.subs_of(id) {
-                if self.subs[&sub].is_queue()
-                    && !self.subs[&sub].items[offset as usize].is_finished()
-                {
+                let item = self.subs[&sub].items.get(offset as usize);
+                // What was redriven meanwhile may stay.
+                let stays = item.is_none_or(|item| {
+                    item.is_finished()
+                        || (item.redrives > 0 && !self.is_letter_new(sub, offset, to))
+                });
+                if !stays {
                     if on_limit == OnLimit::DeadLetter {
                         self.revoke(sub, offset, Ending::Revoked);
                         self.die(sub, offset, vec![DeadReason::Expired], to);
@@ -955,7 +988,10 @@ impl Model {
             sub.committed = sub.committed.max(end);
         }
         if self.subs_of(id).is_empty() {
-            self.topics.get_mut(&id).unwrap().first = end;
+            let topic = self.topics.get_mut(&id).unwrap();
+            topic.first = topic.first.max(end);
+            let gone = topic.messages.iter_mut().take(end as usize);
+            gone.for_each(|message| message.letter = None);
         }
     }
 
@@ -980,7 +1016,7 @@ impl Model {
             assert!(told <= self.topics[&id].next(), "{told} is beyond the end");
             for offset in first..told {
                 assert!(
-                    !self.is_needed(id, offset) || self.is_expired(id, offset, to.stamp),
+                    !self.is_unread(id, offset) || self.is_expired(id, offset, to.stamp),
                     "{offset} of {id:?} is not finished, but gone"
                 );
                 self.topics.get_mut(&id).unwrap().messages[offset as usize].letter = None;

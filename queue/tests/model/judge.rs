@@ -100,8 +100,10 @@ impl Model {
             panic!("it is not to be had: {says}");
         };
         assert!(from <= now, "I5, too early: {says}");
+        let again = self.overtaken.contains(&(id, name(at, handout.delivery)));
+        let is_other = item.sought && (known::SEEK_FORGETS_PROPOSALS || !again);
         assert!(
-            !self.is_proposed(id, at),
+            is_other || !self.is_proposed(id, at),
             "handed out twice at once: {says}"
         );
         let told = (handout.delivery.0, handout.attempt);
@@ -193,7 +195,11 @@ impl Model {
             "only the active one reads: {says}"
         );
         assert!(session.attached, "{says}");
-        let cursor = session.read.unwrap_or(sub.committed).max(topic.first);
+        let cursor = session
+            .read
+            .unwrap_or(0)
+            .max(sub.committed)
+            .max(topic.first);
         assert_eq!(offset.0, cursor, "in strict order, without holes: {says}");
         assert!(count > 0 && offset.0 + count <= topic.next(), "{says}");
         let session = self.sessions.get_mut(&to).unwrap();
@@ -309,6 +315,7 @@ impl Model {
                 ranges,
             } => {
                 let ms = self.subs[subscription].config.hold_max_ms;
+                let processing = self.subs[subscription].config.processing_timeout_ms;
                 for range in ranges {
                     for at in range.offset.0..range.offset.0 + u64::from(range.count) {
                         let lease = name(at, range.delivery);
@@ -317,7 +324,13 @@ impl Model {
                             !self.is_expiring(*session, lease),
                             "{lease:?} expires twice"
                         );
-                        let over = self.handed_at[&(*session, lease)].plus_ms(ms);
+                        let handed = self.handed_at[&(*session, lease)];
+                        let known = &self.sessions[session];
+                        // What was begun before a session came back is not known: see below.
+                        let over = match known.resumed > handed {
+                            true => handed.plus_ms(processing.min(ms)),
+                            false => handed.plus_ms(ms),
+                        };
                         assert!(
                             over <= now,
                             "{lease:?} may be held until {over:?}, not {now:?}"
@@ -418,7 +431,7 @@ impl Model {
         for at in topic.first..first {
             let message = &topic.messages[at as usize];
             let old = message.published.plus_ms(topic.config.retention_ms) <= now;
-            let finished = !self.is_needed(id, at);
+            let finished = !self.is_unread(id, at);
             let forced = full && topic.config.on_limit != OnLimit::RefusePublish;
             assert!(
                 finished || forced,
@@ -477,11 +490,14 @@ impl Model {
 
     /// Messages that could be handed out now: that surely may be, and not alone.
     fn waiting(&self, sub: &Sub, now: Stamp) -> Vec<u64> {
+        let proposed = self.proposed_of(sub.id);
         let surely = |at: &u64| {
             self.available(sub, *at)
                 .is_some_and(|(_, until)| until <= now)
                 && !self.is_proposed(sub.id, *at)
                 && self.outlived(sub, *at, now) == Some(false)
+                // One that comes due while others are on their way follows them.
+                && (proposed.is_empty() || self.message(sub, *at).delay_ms == 0)
         };
         (0..sub.items.len() as u64).filter(surely).collect()
     }

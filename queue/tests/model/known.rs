@@ -1,7 +1,7 @@
 //! Where the core is known to differ; each has its test in `found.rs`. All `false` is the aim.
 
-/// A begin mark for a lease that another session has by now never returns.
-pub const OLD_MARK_HANGS: bool = true;
+/// What is on its way when a seek comes is handed out once more, under the same name.
+pub const SEEK_FORGETS_PROPOSALS: bool = true;
 /// A message that expired before it was due is still counted as scheduled.
 pub const DEAD_IS_SCHEDULED: bool = true;
 /// A message whose time to live is over is handed out beside its expiry.

@@ -463,6 +463,9 @@ impl World {
             "{leases:?}, {expected:?}"
         );
         (session.attached, session.since, session.alive) = (true, now, now);
+        session.resumed = now;
+        // A mark that came before the lease was applied is lost.
+        session.marks.retain(|lease, _| expected.contains(lease));
         (session.max_messages, session.max_bytes, session.begun) = (0, 0, 0);
         session.sent.clear();
         session.read = None;
@@ -688,7 +691,7 @@ fn said(what: u8, i: usize, c: u8) -> Option<Said> {
             delay_ms: Some(u64::from(c) * 10),
         },
         // Something of each.
-        _ => return said((i as u8 + c) % 7, i, c),
+        _ => return said((i as u8).wrapping_add(c) % 7, i, c),
     })
 }
 

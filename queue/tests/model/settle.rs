@@ -146,14 +146,15 @@ impl Model {
         if let Some((session, delivery)) = leased
             && !tells_of(to.effects, session, name(offset, delivery))
         {
+            self.item(sub, offset).is_over = true;
             return;
         }
-        self.revoke(sub, offset, Ending::Taken);
+        self.revoke(sub, offset, Ending::Revoked);
         self.die(sub, offset, vec![reason], to);
     }
 
     /// Whether the core has filed a letter about this message with this very record.
-    fn is_letter_new(&self, sub: SubscriptionId, offset: u64, to: &Applied<'_>) -> bool {
+    pub fn is_letter_new(&self, sub: SubscriptionId, offset: u64, to: &Applied<'_>) -> bool {
         let Some(dead) = self.topic_named(&self.subs[&sub].dead_topic) else {
             return false;
         };
@@ -190,6 +191,11 @@ impl Model {
             let is_refused = tells_of(to.effects, session, lease);
             if is_known && is_refused && broken.contains(&lease) {
                 self.lost.insert((session, lease));
+                self.sessions
+                    .get_mut(&session)
+                    .unwrap()
+                    .marks
+                    .remove(&lease);
             } else if is_known && self.may_be_leased(id, lease, to.stamp, is_refused) {
                 let new_name = self.names.insert((id, session, lease));
                 assert!(
@@ -212,6 +218,11 @@ impl Model {
                 self.counts.delivered += 1;
             } else if is_known {
                 self.lost.insert((session, lease));
+                self.sessions
+                    .get_mut(&session)
+                    .unwrap()
+                    .marks
+                    .remove(&lease);
             } else {
                 self.maybe_lost.insert((session, lease));
             }
@@ -232,7 +243,8 @@ impl Model {
         }
         // It may have outlived its time on the way.
         let is_over = is_refused && self.outlived(sub, lease.offset.0, stamp) != Some(false);
-        !is_over && !(is_refused && self.overtaken.contains(&(id, lease)))
+        let is_overtaken = is_refused && self.overtaken.contains(&(id, lease));
+        !is_over && !is_overtaken
     }
 
     fn settle(
@@ -306,6 +318,17 @@ impl Model {
         if item.state == State::Dead && self.is_purged(id, offset) {
             verdict = Verdict::Either;
         }
+        // A crash took the lease away before it was durable, but the delivery was on its way.
+        let is_survivor = session.0 >> 32 < u64::from(self.recovery_epoch)
+            && self.sessions.contains_key(&session)
+            && self.is_due(id, offset, to.stamp)
+            && item
+                .leases
+                .iter()
+                .all(|past| past.delivery < lease.delivery);
+        if said.is_none() && is_survivor && lease.delivery.0 < u32::MAX {
+            verdict = Verdict::Either;
+        }
         match (verdict, refusal) {
             (Verdict::Accept | Verdict::Either, None) => {}
             (Verdict::Refuse | Verdict::Either, Some(refusal)) => {
@@ -346,6 +369,11 @@ impl Model {
             Some(Said::Release { delay_ms }) => self.release(id, offset, *delay_ms, to),
             Some(Said::Extend) => {}
         }
+    }
+
+    fn is_due(&self, id: SubscriptionId, offset: u64, now: Stamp) -> bool {
+        let available = self.available(&self.subs[&id], offset);
+        available.is_some_and(|(from, _)| from <= now)
     }
 
     /// The state that the core tells of a message must be the model's.
@@ -445,7 +473,8 @@ impl Model {
         item.suspect = Suspect::No;
         item.lost_last = kind == FailureKind::SessionLost;
         let mut over = Vec::new();
-        let (failures, deliveries) = (item.failures, item.deliveries);
+        let deliveries = item.deliveries - item.before_redrive.0;
+        let failures = item.failures;
         if failures >= max_attempts {
             over.push(DeadReason::MaxAttempts);
         }
@@ -524,7 +553,7 @@ impl Model {
                 State::Scheduled { from: due, to: due }
             }
         };
-        let is_over = item.deliveries >= max_deliveries;
+        let is_over = item.deliveries - item.before_redrive.0 >= max_deliveries;
         self.counts.released += 1;
         let mut over = Vec::new();
         if is_over {
@@ -540,7 +569,8 @@ impl Model {
 
     /// What outlived its time while it was leased may die with its lease.
     fn is_late_death(&self, id: SubscriptionId, offset: u64, to: &Applied<'_>) -> bool {
-        self.outlived(&self.subs[&id], offset, to.stamp) != Some(false)
+        let item = &self.subs[&id].items[offset as usize];
+        (item.is_over || self.outlived(&self.subs[&id], offset, to.stamp) != Some(false))
             && self.is_letter_new(id, offset, to)
     }
 

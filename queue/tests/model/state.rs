@@ -35,6 +35,7 @@ pub struct Model {
     /// Every name under which a lease has become durable.
     pub names: BTreeSet<(SubscriptionId, SessionId, LeaseName)>,
     pub holding: bool,
+    pub recovery_epoch: u32,
     pub counts: Counts,
     /// Deaths of the record that is being applied: they must be the new letters.
     pub deaths: Vec<Death>,
@@ -133,6 +134,8 @@ pub struct Item {
     pub deliveries: u32,
     pub releases: u32,
     pub redrives: u32,
+    /// Deliveries and releases before the last redrive, whose limit starts again.
+    pub before_redrive: (u32, u32),
     pub suspect: Suspect,
     /// The last failure was the loss of a session.
     pub lost_last: bool,
@@ -142,6 +145,8 @@ pub struct Item {
     /// The last failing settlement.
     pub failed_at: Option<Place>,
     pub history: Vec<(Stamp, FailureKind, u32)>,
+    /// Its time was over while it was leased: it dies with the lease.
+    pub is_over: bool,
     /// A seek put it back: what was said of it before may be forgotten.
     pub sought: bool,
 }
@@ -217,6 +222,8 @@ pub struct Session {
     pub since: Stamp,
     /// The last sign of life.
     pub alive: Stamp,
+    /// When it last came back.
+    pub resumed: Stamp,
     /// When it was last given something: a new lease lasts as long as any.
     pub given: Stamp,
     pub max_messages: u64,

@@ -352,9 +352,9 @@ impl World {
             }
         }
         let waits = |at: u64| model.message(sub, at).ready_at() > self.now;
-        let done_while_delayed = |at: &u64| sub.items[*at as usize].is_finished() && waits(*at);
-        if known::DEAD_IS_SCHEDULED && (0..sub.items.len() as u64).any(|at| done_while_delayed(&at))
-        {
+        let used = |item: &Item| item.state != State::Ready || item.redrives > 0;
+        let used_while_delayed = |at: u64| used(&sub.items[at as usize]) && waits(at);
+        if known::DEAD_IS_SCHEDULED && (0..sub.items.len() as u64).any(used_while_delayed) {
             return;
         }
         assert!(
@@ -490,15 +490,7 @@ impl World {
         let sent = session.sent.len() as u64;
         session.max_messages = session.max_messages.max(sent + more);
         session.max_bytes = session.max_bytes.max(max_bytes);
-        let mut upto = session.begun.saturating_add(begun).min(sent);
-        if known::OLD_MARK_HANGS {
-            let fresh = &session.sent[session.begun as usize..upto as usize];
-            upto = session.begun
-                + fresh
-                    .iter()
-                    .take_while(|lease| held.contains(lease))
-                    .count() as u64;
-        }
+        let upto = session.begun.saturating_add(begun).min(sent);
         for lease in &session.sent[session.begun as usize..upto as usize] {
             if held.contains(lease) {
                 session.marks.insert(*lease, now);

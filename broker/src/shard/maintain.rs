@@ -124,10 +124,11 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                         self.queue.snapshot_lost(&damaged);
                         self.log.install_snapshot(done)?;
                     }
-                    Err(error) => {
+                    Err(error) if is_disk_full(&error) => {
                         tracing::warn!(%error, "a snapshot could not be written; the next one has its changes too");
                         self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
+                    Err(error) => return Err(error.into()),
                 }
             }
             // Sealed by an append in the meantime, and cleaned or removed after that.
@@ -277,6 +278,10 @@ fn unless_full<T>(result: Result<T, JobError>, what: &str) -> Result<Option<T>, 
         }
         Err(error) => Err(error.into()),
     }
+}
+
+fn is_disk_full(error: &SnapshotError) -> bool {
+    matches!(error, SnapshotError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
 }
 
 /// A job whose segment was sealed by an append, or removed, while it ran has nothing to install.

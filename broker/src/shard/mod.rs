@@ -52,6 +52,8 @@ pub enum Fatal {
     Record(#[from] millpond_queue::RecordError),
     #[error("upkeep failed, and what the disk holds is unknown: {0}")]
     Job(#[from] millpond_wal::JobError),
+    #[error("a snapshot failed, and what the disk holds is unknown: {0}")]
+    Snapshot(#[from] millpond_wal::snapshot::SnapshotError),
     #[error("the record at {0:?} that was just written is not there")]
     Vanished(Place),
 }

@@ -78,6 +78,8 @@ pub struct World {
     pub(crate) stats: Stats,
     /// Up to where each topic has been seen.
     seen_until: Vec<u64>,
+    /// Subscriptions whose beginning has been shown.
+    begun: Vec<bool>,
     trace: Option<Trace>,
 }
 
@@ -147,6 +149,7 @@ impl World {
             history,
             stats: Stats::default(),
             seen_until: vec![0; plan.topics.len()],
+            begun: vec![false; plan.subs.len()],
             trace: options.trace,
             rng,
             plan,
@@ -406,6 +409,7 @@ impl World {
         }
         shard.commit_if_due(&mut self.out)?;
         self.flush(shard);
+        self.show_beginnings(shard);
         shard.dispatch(&mut self.out);
         shard.upkeep(&mut self.out)?;
         self.flush(shard);
@@ -419,6 +423,18 @@ impl World {
     pub(crate) fn start_job(&mut self, job: Job<Disk>) {
         let wait = self.rng.wait(self.plan.pace.job_us);
         self.after(wait, Happening::JobRuns(self.process, job));
+    }
+
+    /// Where subscriptions begin that have just been made.
+    fn show_beginnings(&mut self, shard: &SimShard) {
+        for sub in 0..self.plan.subs.len() {
+            if !self.begun[sub]
+                && let Some(floor) = observe::floor(shard.queue(), &self.plan, sub)
+            {
+                self.begun[sub] = true;
+                self.note(Event::Floor { sub, floor });
+            }
+        }
     }
 
     fn show_floors(&mut self, shard: &SimShard) {
@@ -592,6 +608,7 @@ impl World {
         }
         let at = shard.now().0;
         self.note(Event::Started { at, topics });
+        self.show_beginnings(shard);
         self.show_floors(shard);
     }
 

@@ -30,6 +30,8 @@ struct Sub {
     was_sought: bool,
     was_redriven: bool,
     letters_were_purged: bool,
+    /// The first floor that was shown: messages below it were never its own.
+    start: Option<u64>,
     floor: u64,
     /// Stream mode: who reads, and which offset comes next.
     reading: Option<(u64, u64)>,
@@ -90,6 +92,7 @@ impl Consumed {
             was_sought: false,
             was_redriven: false,
             letters_were_purged: false,
+            start: None,
             floor: 0,
             reading: None,
         });
@@ -423,6 +426,7 @@ impl Sub {
             )
         });
         self.floor = floor;
+        self.start.get_or_insert(floor);
     }
 
     /// Dead exactly once, and for a reason.
@@ -480,7 +484,8 @@ impl Sub {
         }
         let mut dead: Vec<_> = seen.letters.iter().map(|letter| letter.offset).collect();
         dead.sort_unstable();
-        for offset in published.offsets(topic) {
+        let start = self.start.unwrap_or(0);
+        for offset in published.offsets(topic).filter(|offset| *offset >= start) {
             let ack = self
                 .messages
                 .get(&offset)

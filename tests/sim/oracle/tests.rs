@@ -112,6 +112,7 @@ fn good() -> History {
     let nack = How::Nack { delay_ms: None };
     let mut events = vec![
         started(&[]),
+        Event::Floor { sub: 0, floor: 0 },
         send(&[1, 2, 3]),
         taken(&[1, 2, 3], 0),
         accepted(&[1, 2, 3]),

@@ -91,8 +91,9 @@ impl FrameReader {
     }
 }
 
+/// A peer that is gone leaves no clean end, so this one is told.
 fn cut() -> StreamError {
-    StreamError::Gone("it ended in the middle of a frame".to_owned())
+    FrameError::Body("the stream ended in the middle of it").into()
 }
 
 /// Writes whole frames.

@@ -76,6 +76,10 @@ pub const LIST_PAGES_MAX: usize = 10_000;
 pub const PRODUCER_WINDOW_MESSAGES: usize = 65_536;
 /// Bytes of them; they are kept to be sent again.
 pub const PRODUCER_WINDOW_BYTES: usize = 32 << 20;
+/// Frames of one producer that are unanswered while small batches still go out at once.
+pub const GATHER_FRAMES: usize = 4;
+/// Bytes of a batch that goes out however many are unanswered.
+pub const GATHER_BYTES: usize = 16 << 10;
 /// The least capacity of a batch's buffer, in bytes.
 pub const BATCH_CAPACITY_MIN: usize = 4 << 10;
 

@@ -62,7 +62,7 @@ impl Core {
             return Err(Error::Closed);
         }
         let slot = state.pipeline.push(message, sequence, now)?;
-        let wake_writer = std::mem::take(&mut state.writer_idle);
+        let wake_writer = !state.pipeline.gathers() && std::mem::take(&mut state.writer_idle);
         let pass_on = state.senders_waiting > 0 && state.pipeline.has_room(0);
         drop(state);
         if wake_writer {

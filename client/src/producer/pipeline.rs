@@ -24,7 +24,9 @@ use super::batch::{Accepted, Batch, Filling, Outcome};
 use crate::backoff::retry_after;
 use crate::completion::{Slots, Wakeups};
 use crate::error::Error;
-use crate::limits::{BATCH_CAPACITY_MIN, PRODUCER_WINDOW_BYTES, REFUSED_WAIT};
+use crate::limits::{
+    BATCH_CAPACITY_MIN, GATHER_BYTES, GATHER_FRAMES, PRODUCER_WINDOW_BYTES, REFUSED_WAIT,
+};
 
 /// Why the broker takes less than this producer would send.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
@@ -227,6 +229,9 @@ impl Pipeline {
                     if !self.flushing && now < due {
                         return Next::Wait(Some(due));
                     }
+                    if self.gathers() {
+                        return Next::Wait(None);
+                    }
                 }
             }
             self.close_filling();
@@ -235,6 +240,16 @@ impl Pipeline {
             Some(batch) => Next::Write(self.send(batch)),
             None => Next::Wait(None),
         }
+    }
+
+    /// Whether what waits is too little for a frame of its own while others are unanswered: the next
+    /// answer, or a little more, will send it. Many producers would else send a frame a message.
+    pub fn gathers(&self) -> bool {
+        let little = |filling: &Filling| filling.bytes_len() < GATHER_BYTES;
+        self.sent.len() >= GATHER_FRAMES
+            && self.waiting.is_empty()
+            && !self.flushing
+            && self.filling.as_ref().is_some_and(little)
     }
 
     /// Acknowledgements and credit.

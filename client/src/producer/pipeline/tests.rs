@@ -489,3 +489,38 @@ fn what_was_refused_stays_pressed_until_something_is_accepted() {
     pipeline.acked(&appended(1, 0, 1), wakeups).unwrap();
     assert_eq!(pipeline.pressure(), None);
 }
+
+#[test]
+fn little_waits_for_an_answer_while_a_few_frames_are_unanswered() {
+    let now = Instant::now();
+    let mut pipeline = pipeline(0, WIDE);
+    for n in 0..GATHER_FRAMES {
+        push(&mut pipeline, "a", now);
+        assert_eq!(
+            frame(&mut pipeline, now).map(|f| f.count),
+            Some(1),
+            "frame {n}"
+        );
+    }
+    push(&mut pipeline, "b", now);
+    push(&mut pipeline, "c", now);
+    assert!(frame(&mut pipeline, now).is_none());
+    let wakeups = &mut Wakeups::default();
+    pipeline.acked(&appended(1, 0, 1), wakeups).unwrap();
+    assert_eq!(frame(&mut pipeline, now).map(|f| f.count), Some(2));
+
+    push(&mut pipeline, &"d".repeat(GATHER_BYTES), now);
+    assert_eq!(
+        frame(&mut pipeline, now).map(|f| f.count),
+        Some(1),
+        "much never waits"
+    );
+    push(&mut pipeline, "e", now);
+    assert!(frame(&mut pipeline, now).is_none());
+    pipeline.flush();
+    assert_eq!(
+        frame(&mut pipeline, now).map(|f| f.count),
+        Some(1),
+        "nor what is flushed"
+    );
+}

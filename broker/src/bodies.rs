@@ -36,6 +36,13 @@ pub struct Run {
 }
 
 impl Run {
+    /// Takes a part, which begins where this run begins, off its front.
+    pub fn drop_front(&mut self, part: &Run) {
+        self.base = Offset(self.base.0 + u64::from(part.count));
+        self.count -= part.count;
+        self.messages = self.messages.slice(part.messages.len()..);
+    }
+
     /// The part from `offset` on, at most `count` messages and `bytes` bytes, but at least one message.
     #[must_use]
     pub fn part(&self, offset: Offset, count: u32, bytes: usize) -> Run {
@@ -117,6 +124,18 @@ impl<S: Storage> Bodies<S> {
     #[must_use]
     pub fn cache(&self) -> Arc<Cache> {
         self.cache.clone()
+    }
+
+    /// As `read`, if the cache of recent bodies has it.
+    #[must_use]
+    pub fn cached(
+        &self,
+        topic: TopicId,
+        offset: Offset,
+        count: u32,
+        bytes: usize,
+    ) -> Option<Vec<Run>> {
+        self.cache.read(topic, offset, count, bytes)
     }
 
     /// Runs from `offset` on, without holes, up to `count` messages and about `bytes` bytes; at least

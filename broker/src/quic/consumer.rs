@@ -15,6 +15,7 @@ use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::{mpsc, watch};
 
+use super::ahead::Ahead;
 use super::connection::Peer;
 use super::deliver::{FRAME_BYTES, Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
@@ -90,6 +91,11 @@ async fn session<S: Storage>(
             writer,
             session,
             mode,
+            ahead: Ahead::new(
+                context.bodies.clone(),
+                context.memory.clone(),
+                peer.share.clone(),
+            ),
             credit,
             sent: Credit::default(),
             pending: VecDeque::new(),
@@ -146,6 +152,7 @@ struct Sender<'a, S: Storage> {
     writer: &'a mut FrameWriter,
     session: SessionId,
     mode: SubscriptionMode,
+    ahead: Ahead<S>,
     credit: watch::Receiver<Credit>,
     sent: Credit,
     /// Handed out, not yet sent. Bounded by the consumer's message credit.
@@ -202,14 +209,15 @@ impl<S: Storage> Sender<'_, S> {
     /// Reads and sends one frame's worth of what is pending.
     async fn send_some(&mut self) -> Result<(), StreamError> {
         let room = self.room();
-        let ahead = room.min(FRAME_BYTES as u64);
+        let bytes = room.min(FRAME_BYTES as u64);
         let permit = self
             .context
             .memory
-            .acquire(ahead, Class::Outbound, &self.peer.share)
+            .acquire(bytes, Class::Outbound, &self.peer.share)
             .await;
         let _permit = permit.map_err(WireError::from)?;
-        let Gathered { frame, damaged } = gather(self.context, &mut self.pending, room).await?;
+        let Gathered { frame, damaged } =
+            gather(self.context, &mut self.ahead, &mut self.pending, room).await?;
         if let Some(mut frame) = frame {
             self.sent.max_bytes += frame.bytes;
             self.context.metrics.sent(frame.messages, frame.bytes);

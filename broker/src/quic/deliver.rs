@@ -9,6 +9,7 @@ use millpond_protocol::message::MessageView;
 use millpond_protocol::{Offset, TopicId};
 use millpond_wal::storage::Storage;
 
+use super::ahead::Ahead;
 use super::frames::StreamError;
 use super::{Context, letters};
 use crate::bodies::{BodyError, Run};
@@ -37,6 +38,7 @@ pub struct Gathered {
 /// for while others are ready. At least one message is taken, whatever the room.
 pub async fn gather<S: Storage>(
     context: &Context<S>,
+    ahead: &mut Ahead<S>,
     pending: &mut VecDeque<Handout>,
     room: u64,
 ) -> Result<Gathered, StreamError> {
@@ -50,7 +52,7 @@ pub async fn gather<S: Storage>(
             break;
         };
         let most = run.count.min(DELIVER_MESSAGES_MAX - builder.count);
-        match read(context, &run, most, limit - builder.bytes).await {
+        match read(context, ahead, &run, most, limit - builder.bytes).await {
             Ok((bodies, extra)) => {
                 let taken = builder.push(&run, &bodies, &extra);
                 skip(&mut run, taken);
@@ -93,18 +95,14 @@ fn skip(run: &mut Handout, taken: u32) {
 /// The bodies at the front of a run, and the headers that the broker adds to a dead letter.
 async fn read<S: Storage>(
     context: &Context<S>,
+    ahead: &mut Ahead<S>,
     run: &Handout,
     count: u32,
     bytes: usize,
 ) -> Result<(Vec<Run>, Bytes), BodyError> {
     let Some(elsewhere) = &run.elsewhere else {
-        return Ok((
-            context
-                .bodies
-                .read(run.topic, run.offset, count, bytes)
-                .await?,
-            Bytes::new(),
-        ));
+        let bodies = ahead.read(run.topic, run.offset, count, bytes).await?;
+        return Ok((bodies, Bytes::new()));
     };
     let bodies = context
         .bodies

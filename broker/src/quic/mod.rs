@@ -5,6 +5,7 @@
 //! the shard answers becomes frames. A stream that breaks the protocol is told why and ended; the
 //! others go on.
 
+mod ahead;
 pub mod connection;
 mod consumer;
 mod control;

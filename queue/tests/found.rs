@@ -300,6 +300,7 @@ fn a_delayed_message_at_the_cursor_comes_when_it_is_due() {
     bench.wait_ms(100);
     let handed = bench.turn();
     assert_eq!(handed.len(), 1, "due by now: {handed:?}");
+    assert_eq!(bench.turn(), [], "and only once");
 }
 
 // SEMANTICS 1, the table: ttl makes it dead; it is not given to a handler beside that.
@@ -440,4 +441,31 @@ fn a_seek_does_not_hand_out_again_under_the_name_of_what_is_on_its_way() {
     let mut again = Vec::new();
     bench.core.dispatch(Stamp(bench.now), 10, &mut again);
     assert_ne!(again, on_its_way, "the same lease for the second time");
+}
+
+// SEMANTICS 1.4: what is not in flight any more takes no room.
+#[test]
+fn a_leased_message_that_the_limit_killed_makes_room_for_the_next() {
+    let mut bench = Bench::new(SubscriptionConfig {
+        max_in_flight: 1,
+        ..SubscriptionConfig::default()
+    });
+    bench.open(A, 10);
+    bench.publish(&Message::new("0"));
+    assert_eq!(bench.turn().len(), 1);
+    bench.publish(&Message::new("1"));
+    let patch = TopicPatch {
+        max_messages: Some(Some(1)),
+        on_limit: Some(OnLimit::DeadLetter),
+        ..TopicPatch::default()
+    };
+    let topic = bench.topic;
+    bench.log(&Record::TopicUpdate { topic, patch });
+    // The first turn lets the oldest go, the second one has room.
+    let handed = [bench.turn(), bench.turn()].concat();
+    assert_eq!(
+        handed.len(),
+        1,
+        "the second message waits for nothing: {handed:?}"
+    );
 }

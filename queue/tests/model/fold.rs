@@ -501,7 +501,16 @@ impl Model {
             return;
         }
         let proposed = self.proposed_of(id).into_iter();
-        self.overtaken.extend(proposed.map(|lease| (id, lease)));
+        for lease in proposed {
+            self.overtaken.insert((id, lease));
+            for session in self
+                .sessions
+                .values_mut()
+                .filter(|session| session.sub == id)
+            {
+                session.marks.remove(&lease);
+            }
+        }
         for offset in 0..self.subs[&id].items.len() as u64 {
             self.revoke(id, offset, Ending::Revoked);
             let is_dead = self.is_dead_still(id, offset, to.core);
@@ -971,7 +980,9 @@ impl Model {
                 // What was redriven meanwhile may stay.
                 let stays = item.is_none_or(|item| {
                     item.is_finished()
-                        || (item.redrives > 0 && !self.is_letter_new(sub, offset, to))
+                        || (item.redrives > 0
+                            && on_limit == OnLimit::DeadLetter
+                            && !self.is_letter_new(sub, offset, to))
                 });
                 if !stays {
                     if on_limit == OnLimit::DeadLetter {

@@ -18,6 +18,8 @@ pub struct Turn {
     /// First deliveries, and retries by (due, offset); those that go alone stand in neither.
     new: BTreeMap<SubscriptionId, BTreeSet<u64>>,
     retried: BTreeMap<SubscriptionId, BTreeSet<(Stamp, u64)>>,
+    /// Hand-outs that are no first ones, released messages included.
+    again: BTreeMap<SubscriptionId, usize>,
 }
 
 impl Model {
@@ -133,7 +135,10 @@ impl Model {
         let is_delayed = self.message(sub, at).delay_ms > 0;
         if alone == Some(false) && is_retry && item.state != State::Ready {
             turn.retried.entry(id).or_default().insert((from, at));
-        } else if alone == Some(false) && is_new && !is_delayed {
+        }
+        if alone == Some(false) && !is_new {
+            *turn.again.entry(id).or_default() += 1;
+        } else if alone == Some(false) && !is_delayed {
             turn.new.entry(id).or_default().insert(at);
         }
         self.handed_at.insert((to, name(at, handout.delivery)), now);
@@ -587,10 +592,8 @@ impl Model {
                 sub.id
             );
         }
-        let (new, retried) = (
-            new.map_or(0, BTreeSet::len),
-            retried.map_or(0, BTreeSet::len),
-        );
+        let new = new.map_or(0, BTreeSet::len);
+        let retried = turn.again.get(&sub.id).copied().unwrap_or(0);
         if new_waits.is_some() && new + retried >= 4 {
             assert!(
                 retried <= new + 2,

@@ -654,7 +654,7 @@ fn position(b: u8) -> StartPosition {
 fn message(b: u8, c: u8, i: u64) -> Message {
     let mut message = Message::new(vec![b; usize::from(c) % 60]);
     let kind = (u64::from(b / 12) * 31 + u64::from(c / 5) * 7 + i) % 16;
-    if known::DEAD_IS_SCHEDULED && kind == 6 {
+    if known::EXPIRED_IS_HANDED_OUT && matches!(kind, 2 | 6) {
         return message;
     }
     match kind {

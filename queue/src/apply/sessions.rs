@@ -3,6 +3,7 @@
 //! A session that is lost with exactly one message begun is charged for that one. With several begun
 //! none is charged: they become suspects, to be delivered alone. What was only held is released.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use millpond_protocol::control::{LeaseName, LostReason};
@@ -173,11 +174,16 @@ impl Queue {
         begun: &[OffsetRun],
         story: Option<&Story>,
     ) {
+        let begun: BTreeMap<u64, u64> = match clean {
+            true => BTreeMap::new(),
+            false => begun
+                .iter()
+                .map(|run| (run.offset.0, u64::from(run.count)))
+                .collect(),
+        };
         let was_begun = |offset: u64| {
-            let holds = |run: &OffsetRun| {
-                offset >= run.offset.0 && offset - run.offset.0 < u64::from(run.count)
-            };
-            !clean && begun.iter().any(holds)
+            let run = begun.range(..=offset).next_back();
+            run.is_some_and(|(first, count)| offset - first < *count)
         };
         let all = runs
             .iter()
@@ -201,7 +207,7 @@ impl Queue {
                 offset,
                 run: *run,
                 consumer: &session.consumer,
-                answered: clean,
+                answered: false,
             };
             self.end_lease(at, ended, ending);
         }
@@ -360,6 +366,8 @@ impl Queue {
             && delivery == sub.delivery_base + 1
             && sub.is_queue()
             && sub.done.next_present(first).is_none_or(|at| at >= end)
+            && sub.again.next_present(first).is_none_or(|at| at >= end)
+            && sub.leases.next(first).is_none_or(|run| run.first >= end)
             && topic.delays.next_in(first, end).is_none()
             && sub.retries.next_in(first, end).is_none();
         let mut leased = 0;

@@ -1,13 +1,12 @@
 //! Settlements, and every other end of a lease.
 //!
 //! A settlement names its lease. An ack that comes late still counts while the message waits: the
-//! work is done, even if the lease itself was lost in a crash. Anything else that comes late changes nothing. Repeating a settlement is fine.
+//! work is done, even if the lease itself was lost in a crash. Anything else that comes late changes
+//! nothing. Repeating a settlement is fine.
 
 use std::sync::Arc;
 
-use millpond_protocol::control::{
-    DeadReason, LeaseName, MessageState, Outcome as Verdict, RejectKind,
-};
+use millpond_protocol::control::{DeadReason, MessageState, Outcome as Verdict, RejectKind};
 use millpond_protocol::hot::AckRun;
 use millpond_protocol::{ErrorCode, SessionId, Stamp, SubscriptionId};
 
@@ -19,7 +18,7 @@ use crate::queue::{At, Queue};
 use crate::record::{FailureKind, SettleEntry};
 use crate::state::dirty;
 use crate::state::lease::LeaseRun;
-use crate::state::redelivery::{Failure, Retry};
+use crate::state::redelivery::{Answer, Failure, Retry};
 use crate::state::subscription::Subscription;
 
 /// A lease that is over; it has been taken out of the subscription's leases.
@@ -173,11 +172,8 @@ impl Queue {
         }
         let delivery = ack.delivery.0;
         let retry = sub.retries.get(offset);
-        let was_leased = retry.is_some_and(|retry| {
-            delivery > sub.delivery_base
-                && (delivery < retry.delivery
-                    || (delivery == retry.delivery && session == retry.session))
-        });
+        let was_leased = delivery > sub.delivery_base
+            && retry.is_some_and(|retry| retry.was_leased(session, delivery));
         // A hand-out leaves before its lease is durable: after a crash of the broker the lease may be
         // missing although the work was done. It would have had the next delivery number.
         let last = retry
@@ -215,7 +211,7 @@ impl Queue {
                 return Err(MessageState::Gone);
             };
             let state = sub.state_of(offset, topic, at.stamp);
-            let is_repeated = self.is_answered(sub_id, session, item.lease);
+            let is_repeated = self.is_answered(sub_id, session, item);
             return if is_repeated { Ok(()) } else { Err(state) };
         }
         let ending = match &item.outcome {
@@ -241,22 +237,23 @@ impl Queue {
         Ok(())
     }
 
-    /// Whether this lease has been ended by its own session's settlement before.
-    fn is_answered(&self, sub_id: SubscriptionId, session: SessionId, lease: LeaseName) -> bool {
+    /// Whether this very settlement ended this lease before.
+    fn is_answered(&self, sub_id: SubscriptionId, session: SessionId, item: &SettleEntry) -> bool {
         let Some(sub) = self.subscriptions.get(&sub_id) else {
             return false;
         };
-        let this = (session, lease.delivery.0, true);
-        if let Some(retry) = sub.retries.get(lease.offset.0) {
-            return (retry.session, retry.delivery, retry.answered) == this;
-        }
-        let Some((topic, letter)) = sub.dead.get(&lease.offset.0) else {
+        let Some(answer) = answer(&item.outcome) else {
             return false;
         };
-        let letter = self
-            .topics
-            .get(topic)
-            .and_then(|topic| topic.letters.get(letter));
+        let this = (session, item.lease.delivery.0, Some(answer));
+        if let Some(retry) = sub.retries.get(item.lease.offset.0) {
+            return (retry.session, retry.delivery, retry.answered) == this;
+        }
+        let Some((topic, letter)) = sub.dead.get(&item.lease.offset.0) else {
+            return false;
+        };
+        let topic = self.topics.get(topic);
+        let letter = topic.and_then(|topic| topic.letters.get(letter));
         letter.is_some_and(|letter| (letter.session, letter.delivery, letter.answered) == this)
     }
 
@@ -302,7 +299,7 @@ impl Queue {
         let first = Retry::first(ended.run.session, ended.run.delivery);
         let mut retry = sub.take_retry(offset, &mut self.dirty).unwrap_or(first);
         self.pins.unpin_record(retry.place);
-        retry.answered = ended.answered;
+        retry.answered = ended.answered.then(|| ending.answer());
         retry.first_attempt_at = retry.first_attempt_at.or(ending.begun_at());
         match ending {
             Ending::Failure { kind, code, .. } => {
@@ -423,7 +420,24 @@ impl Queue {
     }
 }
 
+fn answer(said: &Verdict) -> Option<Answer> {
+    match said {
+        Verdict::Nack { .. } => Some(Answer::Nack),
+        Verdict::Reject { .. } => Some(Answer::Reject),
+        Verdict::Release { .. } => Some(Answer::Release),
+        Verdict::Extend => None,
+    }
+}
+
 impl Ending {
+    fn answer(self) -> Answer {
+        match self {
+            Self::Failure { .. } => Answer::Nack,
+            Self::Reject { .. } => Answer::Reject,
+            Self::Release { .. } => Answer::Release,
+        }
+    }
+
     fn begun_at(self) -> Option<Stamp> {
         match self {
             Self::Failure { begun_at, .. } | Self::Reject { begun_at, .. } => begun_at,

@@ -10,6 +10,7 @@ use millpond_protocol::control::DeadReason;
 use millpond_protocol::{LogIndex, Offset, SessionId, Stamp, SubscriptionId, TopicId};
 
 use crate::effect::Place;
+use crate::state::redelivery::Answer;
 use crate::state::topic::Extra;
 
 /// A message in a dead-letter topic. Error text, code, consumer and history stand in the record at
@@ -36,7 +37,7 @@ pub struct Letter {
     /// The last lease: its number, whose it was, and whether its own settlement ended it.
     pub(crate) delivery: u32,
     pub(crate) session: SessionId,
-    pub(crate) answered: bool,
+    pub(crate) answered: Option<Answer>,
     /// What the message has of its own, other than its time to live.
     pub(crate) own: Extra,
 }

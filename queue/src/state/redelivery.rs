@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use millpond_protocol::limits::HISTORY_MAX;
 use millpond_protocol::{SessionId, Stamp};
+use serde::{Deserialize, Serialize};
 
 use crate::effect::Place;
 use crate::record::{FailureKind, HistoryItem};
@@ -25,8 +26,10 @@ pub struct Retry {
     pub delivery: u32,
     /// Whose it was.
     pub session: SessionId,
-    /// The last lease was ended by its own session's settlement.
-    pub answered: bool,
+    /// How its own session's settlement ended the last lease, if one did.
+    pub answered: Option<Answer>,
+    /// Leases before the last one, oldest first: delivery number and whose it was.
+    pub earlier: VecDeque<(u32, SessionId)>,
     /// Begun beside others in a session that was lost: to be delivered alone.
     pub suspect: bool,
     /// Charged with the loss of a session: its last attempt is to be delivered alone.
@@ -41,6 +44,17 @@ pub struct Retry {
     /// The last failures, oldest first.
     pub history: VecDeque<Failure>,
 }
+
+/// A settlement that ended a lease, other than an ack.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer {
+    Nack,
+    Reject,
+    Release,
+}
+
+/// Earlier leases that are remembered, so that their late acks count.
+pub const EARLIER_MAX: usize = 8;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -62,6 +76,27 @@ impl Retry {
         }
     }
 
+    /// It is leased again.
+    pub fn lease(&mut self, session: SessionId, delivery: u32) {
+        if self.deliveries > 0 {
+            if self.earlier.len() == EARLIER_MAX {
+                self.earlier.pop_front();
+            }
+            self.earlier.push_back((self.delivery, self.session));
+        }
+        self.due = None;
+        self.deliveries += 1;
+        self.delivery = delivery;
+        self.session = session;
+        self.answered = None;
+    }
+
+    /// Whether this lease was once given.
+    pub fn was_leased(&self, session: SessionId, delivery: u32) -> bool {
+        let lease = (delivery, session);
+        lease == (self.delivery, self.session) || self.earlier.contains(&lease)
+    }
+
     pub fn remember(&mut self, failure: Failure) {
         if self.history.len() == HISTORY_MAX {
             self.history.pop_front();
@@ -75,7 +110,9 @@ impl Retry {
     }
 
     fn bytes(&self) -> u64 {
-        (size_of::<Self>() + 64 + self.history.capacity() * size_of::<Failure>()) as u64
+        let history = self.history.len() * size_of::<Failure>();
+        let earlier = self.earlier.len() * size_of::<(u32, SessionId)>();
+        (size_of::<Self>() + 64 + history + earlier) as u64
     }
 }
 

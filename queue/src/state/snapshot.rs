@@ -19,6 +19,7 @@ use crate::effect::{Place, SnapshotDelta};
 use crate::queue::Queue;
 use crate::record::FailureKind;
 use crate::state::dirty::{self, ENTRIES_SHIFT, ROWS_SHIFT, SETS_SHIFT};
+use crate::state::redelivery::Answer;
 use crate::state::topic::Topic;
 
 /// The format that this version writes.
@@ -108,7 +109,7 @@ struct LetterChunk {
     dead_at: Stamp,
     delivery: u32,
     session: SessionId,
-    answered: bool,
+    answered: Option<Answer>,
     own: OwnChunk,
 }
 
@@ -158,13 +159,14 @@ struct RetryChunk {
     redrives: u32,
     delivery: u32,
     session: SessionId,
-    answered: bool,
+    answered: Option<Answer>,
     suspect: bool,
     lost: bool,
     due: Option<Stamp>,
     first_attempt_at: Option<Stamp>,
     place: Option<Place>,
     own: Option<OwnChunk>,
+    earlier: Vec<(u32, SessionId)>,
     history: Vec<(Stamp, u64, String, FailureKind, u32)>,
 }
 
@@ -448,6 +450,7 @@ impl Queue {
                 first_attempt_at: retry.first_attempt_at,
                 place: retry.place,
                 own,
+                earlier: retry.earlier.iter().copied().collect(),
                 history: history
                     .map(|f| (f.at, f.duration_ms, f.consumer.to_string(), f.kind, f.code))
                     .collect(),

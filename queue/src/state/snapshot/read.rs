@@ -394,6 +394,7 @@ fn retry(read: RetryChunk, names: &mut BTreeMap<String, Arc<str>>) -> Retry {
         first_attempt_at: read.first_attempt_at,
         place: read.place,
         own: read.own.map(own),
+        earlier: read.earlier.into(),
         history: read.history.into_iter().map(failure).collect(),
     }
 }

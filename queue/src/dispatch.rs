@@ -33,9 +33,12 @@ impl Queue {
             };
             self.work.served = id;
             let quantum = left.min(QUANTUM);
-            let handed = self.serve(id, now, quantum, out);
-            left -= handed.min(left);
-            if handed < quantum {
+            let served = self.serve(id, now, quantum, out);
+            left -= served.handed.min(left);
+            if served.more {
+                // Looking costs as well.
+                left -= quantum.min(left);
+            } else if served.handed < quantum {
                 self.work.hot.remove(&id);
             }
         }

@@ -50,3 +50,5 @@ pub(crate) const REDRIVE_SCAN_MAX: usize = 4_096;
 const _: () = assert!(HANDOUT_MAX <= millpond_protocol::limits::DELIVER_MESSAGES_MAX as u64);
 /// Letters that one page of a listing looks at.
 pub(crate) const DEAD_SCAN_MAX: usize = 10_000;
+/// Delayed messages of a topic that a view counts one by one.
+pub(crate) const DELAYS_COUNTED_MAX: u64 = 100_000;

@@ -179,6 +179,7 @@ impl Queue {
         }
         if let Some(sub) = self.subscriptions.get_mut(&id) {
             sub.config = config;
+            sub.hand.skipped = (0, 0);
             for session in &sub.sessions {
                 self.work.timers.arm(Timer::Session(*session), at.stamp);
             }

@@ -59,6 +59,12 @@ impl Queue {
         self.dirty.mark(dirty::topic(id, 0));
         self.finished.insert(id);
         self.work.timers.arm(Timer::Topic(id), at.stamp);
+        for id in topic.subscriptions.values() {
+            if let Some(sub) = self.subscriptions.get_mut(id) {
+                sub.hand.skipped = (0, 0);
+                self.work.hot.insert(*id);
+            }
+        }
         Outcome::Done
     }
 

@@ -43,28 +43,48 @@ struct Server<'a> {
     retry_bytes_max: u64,
     average_bytes: u64,
     now: Stamp,
+    /// Messages below it are too old for the topic's time to live, or for `max_age`.
+    ttl_end: u64,
+    age_end: u64,
+    /// It stopped looking before it had seen all.
+    more: bool,
+}
+
+/// What one turn of a subscription came to.
+pub(super) struct Served {
+    pub handed: usize,
+    /// There may be more although nothing was handed out.
+    pub more: bool,
 }
 
 impl Queue {
-    /// Hands out up to `budget` messages of one subscription; returns how many it did.
+    /// Hands out up to `budget` messages of one subscription.
     pub(super) fn serve(
         &mut self,
         id: SubscriptionId,
         now: Stamp,
         budget: usize,
         out: &mut Vec<Proposal>,
-    ) -> usize {
+    ) -> Served {
+        let nothing = Served {
+            handed: 0,
+            more: false,
+        };
         let Some(sub) = self.subscriptions.get_mut(&id) else {
-            return 0;
+            return nothing;
         };
         let Some(topic) = self.topics.get(&sub.topic) else {
-            return 0;
+            return nothing;
         };
         if sub.paused || sub.sessions.is_empty() {
-            return 0;
+            return nothing;
         }
+        let older = |ms: Option<u64>| ms.map_or(0, |ms| topic.index.older_end(now, ms, topic.next));
         let mut server = Server {
             average_bytes: topic.average_bytes(),
+            ttl_end: topic.ttl_floor.max(older(topic.config.ttl_ms)),
+            age_end: older(sub.config.max_age_ms),
+            more: false,
             sub,
             topic,
             sessions: &mut self.sessions,
@@ -74,10 +94,14 @@ impl Queue {
             retry_bytes_max: self.options.retry_bytes_max,
             now,
         };
-        if server.sub.is_queue() {
-            server.queue(budget as u64) as usize
+        let handed = if server.sub.is_queue() {
+            server.queue(budget as u64)
         } else {
-            server.stream(budget as u64) as usize
+            server.stream(budget as u64)
+        };
+        Served {
+            handed: handed as usize,
+            more: server.more,
         }
     }
 }
@@ -142,7 +166,9 @@ impl Server<'_> {
         let until = ..=(self.now, u64::MAX);
         let hand = &self.sub.hand;
         let mut waiting = self.sub.retries.alone().range(until);
-        let next = waiting.find(|(_, offset)| hand.proposed_until(*offset).is_none());
+        let next = waiting.find(|(_, offset)| {
+            hand.proposed_until(*offset).is_none() && !self.is_retry_over(*offset)
+        });
         let Some((due, offset)) = next.copied() else {
             self.sub.hand.draining = None;
             return 0;
@@ -257,8 +283,25 @@ impl Server<'_> {
         let until = ..=(self.now, u64::MAX);
         let hand = &self.sub.hand;
         let due = self.sub.retries.due().range(until);
-        let open = due.filter(|(_, offset)| hand.proposed_until(*offset).is_none());
+        let open = due.filter(|(_, offset)| {
+            hand.proposed_until(*offset).is_none() && !self.is_retry_over(*offset)
+        });
         open.take(most as usize).copied().collect()
+    }
+
+    /// Whether a waiting message has outlived its time; what was redriven has all the time it needs.
+    fn is_retry_over(&self, offset: u64) -> bool {
+        let redriven = |retry: &Retry| retry.redrives > 0;
+        self.is_over(offset) && !self.sub.retries.get(offset).is_some_and(redriven)
+    }
+
+    /// Whether a message has outlived its time: its expiry is on its way.
+    fn is_over(&self, offset: u64) -> bool {
+        offset < self.age_end
+            || match self.topic.extra(offset).expires_at {
+                Some(expires_at) => expires_at <= self.now,
+                None => offset < self.ttl_end,
+            }
     }
 
     fn piece_of_retry(&mut self, due: Stamp, offset: u64) -> Option<Piece> {
@@ -276,7 +319,7 @@ impl Server<'_> {
     }
 
     /// Messages that were never handed out, by offset: those that came due, then the cursor's.
-    fn new_pieces(&self, most: u64, pieces: &mut Vec<Piece>) {
+    fn new_pieces(&mut self, most: u64, pieces: &mut Vec<Piece>) {
         let mut left = most;
         let mut at = 0;
         while left > 0
@@ -285,6 +328,7 @@ impl Server<'_> {
             at = offset + 1;
             match self.sub.hand.proposed_until(offset) {
                 Some(end) => at = end,
+                None if self.is_over(offset) => {}
                 None => {
                     push(pieces, self.first_piece(offset, offset + 1, false));
                     left -= 1;
@@ -297,9 +341,8 @@ impl Server<'_> {
                 return;
             }
             let is_mine = offset >= self.sub.start && !self.sub.is_finished(offset);
-            let is_open = is_mine && !self.sub.retries.contains(offset);
-            if is_open && offset < self.sub.cursor && self.sub.hand.proposed_until(offset).is_none()
-            {
+            let is_open = is_mine && !self.sub.retries.contains(offset) && !self.is_over(offset);
+            if is_open && self.sub.hand.proposed_until(offset).is_none() {
                 push(pieces, self.first_piece(offset, offset + 1, false));
                 left -= 1;
             }
@@ -307,31 +350,66 @@ impl Server<'_> {
         self.cursor_pieces(left, pieces);
     }
 
-    fn cursor_pieces(&self, most: u64, pieces: &mut Vec<Piece>) {
+    fn cursor_pieces(&mut self, most: u64, pieces: &mut Vec<Piece>) {
+        let cursor = self.sub.hand.cursor.max(self.topic.first);
+        let (from, to) = self.sub.hand.skipped;
+        let start = if from <= cursor {
+            cursor.max(to)
+        } else {
+            cursor
+        };
+        let stop = self.topic.next.min(start.saturating_add(SCAN_MAX));
         let mut left = most;
-        let mut at = self.sub.hand.cursor.max(self.topic.first);
-        let stop = self.topic.next.min(at.saturating_add(SCAN_MAX));
+        let mut at = start;
+        let mut barren_to = None;
         while left > 0 && at < stop {
-            let mut end = stop.min(at + left);
-            let done = self.sub.done.next_present(at);
-            if done == Some(at) {
-                at = self.sub.done.next_absent(at);
-                continue;
+            let end = self.open_end(at, stop.min(at + left));
+            if end > at {
+                barren_to.get_or_insert(at);
+                push(pieces, self.first_piece(at, end, true));
+                left -= end - at;
+                at = end;
+            } else {
+                at = self.skip(at);
             }
-            let mut delays = self.topic.delays.range(at, end);
-            let delayed = delays.find(|(_, due)| *due > self.now);
-            let delayed = delayed.map(|(offset, _)| offset);
-            let waiting = self.sub.retries.next_in(at, end);
-            let others = done.into_iter().chain(delayed).chain(waiting);
-            end = others.fold(end, u64::min);
-            if end == at {
-                at += 1;
-                continue;
-            }
-            pieces.push(self.first_piece(at, end, true));
-            left -= end - at;
-            at = end;
         }
+        self.more = barren_to.is_none() && left > 0 && at < self.topic.next;
+        self.sub.hand.skipped = (cursor, barren_to.unwrap_or(at));
+    }
+
+    /// Up to where, at most `end`, the cursor's messages can be handed out from `at` on.
+    fn open_end(&self, at: u64, end: u64) -> u64 {
+        if self.is_over(at) {
+            return at;
+        }
+        let sub = &self.sub;
+        // Among ends of life every message is asked for itself.
+        let mut lives = self.topic.extras.range(at..end);
+        let life = lives.find(|(_, extra)| extra.expires_at.is_some());
+        let life = life.map(|(offset, _)| (*offset).max(at + 1));
+        let old = (at < self.ttl_end).then_some(at + 1);
+        let others = [
+            sub.done.next_present(at),
+            sub.again.next_present(at),
+            sub.leases.next(at).map(|run| run.first.max(at)),
+            self.topic.delays.next_in(at, end),
+            sub.retries.next_in(at, end),
+            life,
+            old,
+        ];
+        others.into_iter().flatten().fold(end, u64::min)
+    }
+
+    /// The next offset to look at behind one that is not the cursor's.
+    fn skip(&self, at: u64) -> u64 {
+        if at < self.age_end {
+            return self.age_end;
+        }
+        let sub = &self.sub;
+        if sub.done.contains(at) {
+            return sub.done.next_absent(at);
+        }
+        sub.leases.get(at).map_or(at + 1, |run| run.end)
     }
 
     fn first_piece(&self, first: u64, end: u64, fresh: bool) -> Piece {

@@ -54,7 +54,7 @@ impl Queue {
             }
             for offset in sub.again.iter() {
                 assert!(
-                    !sub.is_finished(offset) && offset < sub.cursor,
+                    !sub.is_finished(offset) && offset < next,
                     "again is unfinished"
                 );
             }

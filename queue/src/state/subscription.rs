@@ -4,8 +4,8 @@
 //! - below `floor`: finished, unless in `reopened` (redriven);
 //! - `floor..cursor`: finished if in `done`; else leased, waiting in `retries`, `again` (a delayed
 //!   message that came due, or one whose hand-out was refused), or delayed in the topic;
-//! - from `cursor` on: finished if in `done` (expired unread), in `retries` if it was redriven, else
-//!   never handed out.
+//! - from `cursor` on: finished if in `done` (expired unread), leased, in `retries` (redriven) or in
+//!   `again` (came due before the cursor came by); else never handed out.
 //!
 //! Invariants: `floor <= cursor <= next` and `done` has nothing below `floor` nor the floor itself.
 //! Stream mode uses only `floor`: the committed consumer offset.
@@ -70,6 +70,8 @@ pub struct Hand {
     pub count: u64,
     /// Proposals in it that moved `cursor`.
     pub fresh: u64,
+    /// From the first to before the second there is nothing for the cursor; it will stay so.
+    pub skipped: (u64, u64),
     /// The next odd hand-out goes to a new message rather than to a retry.
     pub new_first: bool,
     /// The session served last.
@@ -138,6 +140,11 @@ impl Subscription {
     /// Finishes offsets that are not finished yet and nowhere else any more.
     pub fn finish(&mut self, first: u64, end: u64, dirty: &mut Dirty) {
         dirty.mark_sets(self.id, first, end);
+        while let Some(offset) = self.again.next_present(first)
+            && offset < end
+        {
+            self.again.remove(offset);
+        }
         let below = self.floor.clamp(first, end);
         (first..below).for_each(|offset| {
             self.reopened.remove(offset);
@@ -209,6 +216,10 @@ impl Subscription {
                 at = self.done.next_absent(at);
                 continue;
             }
+            if let Some(run) = self.leases.get(at) {
+                at = run.end;
+                continue;
+            }
             if !topic.delays.contains(at) && !self.retries.contains(at) {
                 self.again.insert(at);
                 dirty.mark_sets(self.id, at, at + 1);
@@ -234,11 +245,7 @@ impl Subscription {
             let Some(mut retry) = self.take_retry(offset, dirty) else {
                 return false;
             };
-            retry.due = None;
-            retry.deliveries += 1;
-            retry.delivery = delivery;
-            retry.session = session;
-            retry.answered = false;
+            retry.lease(session, delivery);
             self.retries.put(offset, retry, u32::MAX);
         } else if delivery != self.delivery_base + 1 || !self.again.remove(offset) {
             return false;
@@ -321,6 +328,7 @@ impl Hand {
     /// Forgets all proposals: their records will be refused or find their messages elsewhere.
     pub fn reset(&mut self, cursor: u64) {
         self.cursor = cursor;
+        self.skipped = (0, 0);
         self.overlay.clear();
         self.count = 0;
         self.fresh = 0;

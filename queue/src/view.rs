@@ -5,7 +5,7 @@ use millpond_protocol::{Offset, Stamp, SubscriptionId, TopicId};
 use std::ops::Bound;
 
 use crate::effect::Place;
-use crate::limits::DEAD_SCAN_MAX;
+use crate::limits::{DEAD_SCAN_MAX, DELAYS_COUNTED_MAX};
 use crate::queue::Queue;
 use crate::state::dead_letter::Letter;
 use crate::state::subscription::Subscription;
@@ -67,11 +67,7 @@ impl Queue {
         let backlog = sub.backlog(topic.next);
         let in_flight = sub.leases.count();
         let due = sub.retries.ready(now);
-        let delayed = if sub.is_queue() {
-            topic.delays.len()
-        } else {
-            0
-        };
+        let delayed = delayed(sub, topic, now);
         let scheduled = (sub.retries.waiting() - due + delayed).min(backlog - in_flight);
         let ready = backlog - in_flight - scheduled;
         Some(SubscriptionView {
@@ -250,6 +246,21 @@ impl Queue {
         };
         Some(reason.to_owned())
     }
+}
+
+/// Messages that were never due yet: counted one by one up to a bound, beyond it all of the topic's.
+fn delayed(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {
+    if !sub.is_queue() || topic.delays.len() > DELAYS_COUNTED_MAX {
+        return if sub.is_queue() {
+            topic.delays.len()
+        } else {
+            0
+        };
+    }
+    let waits = |offset: u64| !sub.is_finished(offset) && !sub.retries.contains(offset);
+    let later = topic.delays.range(sub.start, u64::MAX);
+    let later = later.filter(|(offset, due)| *due > now && waits(*offset));
+    later.count() as u64
 }
 
 fn oldest_ready_ms(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {

@@ -71,10 +71,12 @@ impl Queue {
             answered: retry.answered,
             own,
         };
-        let place = sub.dead_topic.and_then(|dead| self.file(at, dead, letter));
+        let bytes = self.bytes_of(sub.topic, offset);
+        let place = sub
+            .dead_topic
+            .and_then(|dead| self.file(at, dead, letter, bytes));
         *self.counters.dead.entry(reason).or_default() += 1;
         if let Some(sub) = self.subscriptions.get_mut(&sub_id) {
-            sub.again.remove(offset);
             match place {
                 Some(place) => {
                     sub.dead.insert(offset, place);
@@ -87,9 +89,15 @@ impl Queue {
         self.finish(sub_id, offset, offset + 1);
     }
 
-    fn file(&mut self, at: At, dead: TopicId, letter: Letter) -> Option<(TopicId, u64)> {
+    fn file(
+        &mut self,
+        at: At,
+        dead: TopicId,
+        letter: Letter,
+        bytes: u64,
+    ) -> Option<(TopicId, u64)> {
         let topic = self.topics.get_mut(&dead)?;
-        let offset = topic.append(1, 0, at.stamp);
+        let offset = topic.append(1, bytes, at.stamp);
         self.pins.pin_body(letter.body);
         self.pins.pin_record(Some(letter.place));
         topic.letters.insert(offset, letter);
@@ -266,7 +274,7 @@ impl Queue {
         }
         match target {
             RedriveTarget::Subscription => self.reopen(at, &letter),
-            RedriveTarget::Topic => self.publish_again(at, &letter),
+            RedriveTarget::Topic => self.publish_again(at, dead, offset, &letter),
         }
         self.remove_letter(dead, offset);
         self.withdraw(dead, offset, out);
@@ -298,12 +306,20 @@ impl Queue {
         self.wake(id);
     }
 
+    /// About the size of a message; a reference counts as much as what it refers to, so that credit
+    /// in bytes is reckoned alike.
+    fn bytes_of(&self, topic: TopicId, offset: u64) -> u64 {
+        let topic = self.topics.get(&topic);
+        topic.map_or(0, |topic| topic.bytes_between(offset, offset + 1))
+    }
+
     /// The source topic gets the message again; every subscription sees a new one.
-    fn publish_again(&mut self, at: At, letter: &Letter) {
+    fn publish_again(&mut self, at: At, dead: TopicId, place: u64, letter: &Letter) {
+        let bytes = self.bytes_of(dead, place);
         let Some(topic) = self.topics.get_mut(&letter.source) else {
             return;
         };
-        let offset = topic.append(1, 0, at.stamp);
+        let offset = topic.append(1, bytes, at.stamp);
         topic.aliases.insert(offset, letter.body);
         if letter.own != Extra::default() {
             topic.extras.insert(offset, letter.own);

@@ -2,6 +2,8 @@
 //!
 //! A message that is leased when its life ends is left to its consumer; the end of the lease decides.
 
+use std::collections::BTreeMap;
+
 use millpond_protocol::control::{DeadReason, LeaseName, LostReason};
 use millpond_protocol::policy::OnLimit;
 use millpond_protocol::{Offset, SessionId, Stamp, SubscriptionId, TopicId};
@@ -15,9 +17,10 @@ use crate::queue::{At, Queue};
 use crate::record::{Expired, FailureKind, LeaseRange, OffsetRun, Overdue};
 use crate::state::dirty;
 use crate::state::lease::LeaseRun;
+use crate::state::redelivery::Retry;
 
 impl Queue {
-    /// Delayed messages whose time has come are ready in every subscription that has passed them.
+    /// Delayed messages whose time has come are ready in every subscription.
     pub(crate) fn mature(&mut self, now: Stamp) {
         while let Some((due, id)) = self.delay_heads.first().copied() {
             if due > now {
@@ -44,8 +47,8 @@ impl Queue {
                     continue;
                 }
                 for offset in &ready {
-                    let is_passed = *offset < sub.cursor && !sub.is_finished(*offset);
-                    if is_passed && !sub.retries.contains(*offset) {
+                    let is_open = *offset >= sub.start && !sub.is_finished(*offset);
+                    if is_open && !sub.retries.contains(*offset) {
                         sub.again.insert(*offset);
                         self.dirty.mark_sets(*sub_id, *offset, offset + 1);
                     }
@@ -141,7 +144,7 @@ impl Queue {
         let all = ranges.iter().flat_map(|range| {
             names(&LeaseRun {
                 first: range.offset.0,
-                end: range.offset.0 + u64::from(range.count),
+                end: range.offset.0.saturating_add(u64::from(range.count)),
                 session,
                 delivery: range.delivery.0,
                 begun: None,
@@ -302,7 +305,7 @@ impl Queue {
             return;
         }
         let mut offset = sub.floor;
-        self.revoke(id, offset, first, LostReason::Expired, out);
+        let mut lost = Lost::new();
         while offset < first {
             let Some(sub) = self.subscriptions.get(&id) else {
                 return;
@@ -311,8 +314,38 @@ impl Queue {
                 offset = sub.done.next_absent(offset.max(sub.floor));
                 continue;
             }
-            self.kill_waiting(at, id, offset, DeadReason::Expired);
+            self.kill_any(at, id, offset, DeadReason::Expired, &mut lost);
             offset += 1;
+        }
+        self.tell(lost, out);
+    }
+
+    /// Kills a message that waits or is leased.
+    fn kill_any(
+        &mut self,
+        at: At,
+        id: SubscriptionId,
+        offset: u64,
+        reason: DeadReason,
+        lost: &mut Lost,
+    ) {
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return;
+        };
+        let Some(run) = sub.leases.cut(offset, offset + 1) else {
+            return self.kill_waiting(at, id, offset, reason);
+        };
+        self.dirty.mark(dirty::leases(id, 0));
+        lost.entry(run.session).or_default().extend(names(&run));
+        let first = Retry::first(run.session, run.delivery);
+        let retry = sub.take_retry(offset, &mut self.dirty).unwrap_or(first);
+        self.pins.unpin_record(retry.place);
+        self.kill(at, id, offset, retry, reason);
+    }
+
+    fn tell(&mut self, lost: Lost, out: &mut Vec<Effect>) {
+        for (session, leases) in lost {
+            self.lose(session, leases, LostReason::Expired, out);
         }
     }
 
@@ -329,23 +362,28 @@ impl Queue {
         };
         let next = topic.next;
         let subs: Vec<_> = topic.subscriptions.values().copied().collect();
+        let mut lost = Lost::new();
         for sub in subs {
             for range in ranges {
-                let (first, end) = (range.offset.0, range.offset.0 + u64::from(range.count));
-                self.revoke(sub, first, end.min(next), LostReason::Expired, out);
+                let first = range.offset.0;
+                let end = first.saturating_add(u64::from(range.count));
                 for offset in first..end.min(next) {
                     let waits = self.subscriptions.get(&sub).is_some_and(|sub| {
                         sub.is_queue() && offset >= sub.start && !sub.is_finished(offset)
                     });
                     if waits {
-                        self.kill_waiting(at, sub, offset, DeadReason::Damaged);
+                        self.kill_any(at, sub, offset, DeadReason::Damaged, &mut lost);
                     }
                 }
             }
         }
+        self.tell(lost, out);
         Outcome::Done
     }
 }
+
+/// Leases taken away, by whose they were.
+type Lost = BTreeMap<SessionId, Vec<LeaseName>>;
 
 /// `PRODUCER_IDLE_MS` in microseconds.
 const PRODUCER_IDLE_US: u64 = crate::limits::PRODUCER_IDLE_MS * 1_000;

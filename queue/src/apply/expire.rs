@@ -336,6 +336,7 @@ impl Queue {
             return self.kill_waiting(at, id, offset, reason);
         };
         self.dirty.mark(dirty::leases(id, 0));
+        self.work.hot.insert(id);
         lost.entry(run.session).or_default().extend(names(&run));
         let first = Retry::first(run.session, run.delivery);
         let retry = sub.take_retry(offset, &mut self.dirty).unwrap_or(first);

@@ -234,7 +234,8 @@ impl Queue {
         sub.age_floor = sub.age_floor.min(target);
         sub.hand.age_proposed = sub.age_floor;
         (sub.floor, sub.cursor) = (target, target);
-        sub.delivery_base = sub.delivery_top;
+        // Beyond every number given, and any that may be on its way.
+        sub.delivery_base = sub.delivery_base.max(sub.delivery_top) + 1;
         for (offset, _) in sub.dead.range(target..) {
             sub.done.insert(*offset);
         }

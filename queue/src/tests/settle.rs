@@ -356,7 +356,7 @@ fn seek_acks_below_readies_above_and_revokes_leases() {
         [1, 2, 3, 4, 5]
     );
     assert!(
-        got.iter().all(|got| got.attempt == 1 && got.delivery == 2),
+        got.iter().all(|got| got.attempt == 1 && got.delivery == 3),
         "{got:?}"
     );
     assert_eq!(

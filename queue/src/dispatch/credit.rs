@@ -102,6 +102,7 @@ impl Queue {
     /// the new attachment; what was begun stays begun. What was only held cannot be begun by count
     /// any more: it is called back, uncharged, when a handler would have taken too long.
     pub fn attach(&mut self, id: SessionId, token: u64, now: Stamp) -> Option<Attached> {
+        let alone = self.held_alone(id);
         let session = self.sessions.get_mut(&id)?;
         let sub = self.subscriptions.get_mut(&session.subscription)?;
         if session.token != token || session.live.ending {
@@ -109,6 +110,7 @@ impl Queue {
         }
         let deadline = now.plus_ms(sub.config.lease_ms);
         session.attach(deadline, sub.floor);
+        session.live.alone = session.live.alone.or(alone);
         let runs = sub.leases.of(id);
         let proposed = sub
             .hand
@@ -141,6 +143,19 @@ impl Queue {
             leases: held.iter().flat_map(names).collect(),
             position: sub.position(),
             active: sub.is_queue() || sub.active == Some(id),
+        })
+    }
+
+    /// A message that this session holds and that must be its only one; a restart forgets which.
+    fn held_alone(&self, id: SessionId) -> Option<u64> {
+        let sub = self
+            .subscriptions
+            .get(&self.sessions.get(&id)?.subscription)?;
+        let runs = sub.leases.of(id);
+        let mut offsets = runs.iter().flat_map(|run| run.first..run.end);
+        offsets.find(|offset| {
+            let retry = sub.retries.get(*offset);
+            retry.is_some_and(|retry| retry.is_alone(self.max_attempts(sub, *offset, retry)))
         })
     }
 

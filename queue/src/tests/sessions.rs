@@ -375,3 +375,22 @@ fn a_begin_mark_for_what_another_session_holds_is_void() {
     }
     assert_eq!(rig.queue.counters().leases_lost.get("hold_max"), Some(&7));
 }
+
+// SEMANTICS 1.6, 1.7
+#[test]
+fn a_suspect_stays_alone_over_a_restart() {
+    let mut rig = Rig::new();
+    let sub = handed(&mut rig, 2);
+    rig.say(1, 2);
+    rig.queue.detach(SessionId(1), rig.now);
+    rig.run_for(10_100);
+    rig.publish(rig.queue.topic_id("t").unwrap(), 3);
+    rig.consumer(sub, 2, 100);
+    assert_eq!(rig.offsets(), [0]);
+    rig.apply(&Record::Start { recovery_epoch: 2 });
+    rig.queue.attach(SessionId(2), 102, rig.now).unwrap();
+    rig.say(2, 0);
+    assert_eq!(rig.offsets(), [] as [u64; 0]);
+    rig.ack(sub, 2, 0, 2);
+    assert_eq!(rig.offsets(), [1]);
+}

@@ -97,12 +97,12 @@ impl Admin {
         let Answer::Ready(result) = *answer else {
             return;
         };
-        let is_made = matches!(&result, Err(error) if error.code == ErrorCode::AlreadyExists);
+        let is_made = matches!(&*result, Err(error) if error.code == ErrorCode::AlreadyExists);
         let must_be = matches!(
             self.todo.front(),
             Some(Todo::Topic(_) | Todo::Subscription(_))
         );
-        if let Err(error) = &result
+        if let Err(error) = &*result
             && must_be
             && !is_made
         {

@@ -27,6 +27,8 @@ pub struct Watch {
     pub last_failure: String,
     /// A write or a sync failed, not for want of space: what the disk holds is unknown.
     pub is_unknown: bool,
+    /// The power went during a call.
+    pub is_off: bool,
     /// Files with writes that no sync covers.
     unsynced: BTreeSet<String>,
     unsynced_names: bool,
@@ -59,6 +61,7 @@ impl Disk {
         let mut watch = self.watch();
         watch.failed_calls = 0;
         watch.is_unknown = false;
+        watch.is_off = false;
     }
 
     pub fn lose_power_after(&self, calls: u64) {
@@ -82,6 +85,19 @@ impl Disk {
 
     pub fn is_unknown(&self) -> bool {
         self.watch().is_unknown
+    }
+
+    pub fn is_off(&self) -> bool {
+        self.watch().is_off
+    }
+
+    /// Whether a sync has failed since the last call, which forgets it.
+    pub fn take_unknown(&self) -> bool {
+        std::mem::take(&mut self.watch().is_unknown)
+    }
+
+    pub fn set_unknown(&self) {
+        self.watch().is_unknown = true;
     }
 
     fn watch(&self) -> MutexGuard<'_, Watch> {
@@ -249,6 +265,7 @@ fn saw<T>(
     {
         let mut watch = lock(watch);
         watch.failed_calls += 1;
+        watch.is_off |= error.to_string() == "the machine is off";
         watch.last_failure = format!("{what} {name}: {error}");
         let is_sync = what == "sync" || what == "write durably";
         watch.is_unknown |=

@@ -189,7 +189,10 @@ impl World {
         let at = shard.now().0;
         let (conn, slot, asked) = match note {
             Note::Nothing => return,
-            Note::Admin(admin) => return self.note(Event::Admin(admin)),
+            Note::Admin(admin) => {
+                self.upsets.push(admin);
+                return self.note(Event::Admin(admin));
+            }
             Note::Publish {
                 conn,
                 producer,

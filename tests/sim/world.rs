@@ -19,7 +19,7 @@ use crate::client::{Act, Hands};
 use crate::consumer::Consumer;
 use crate::disk::Disk;
 use crate::door::Note;
-use crate::history::{End, Event, History};
+use crate::history::{Admin as Upset, End, Event, History};
 use crate::observe::{self, SimShard};
 use crate::plan::Plan;
 use crate::producer::Producer;
@@ -78,6 +78,8 @@ pub struct World {
     pub(crate) stats: Stats,
     /// Up to where each topic has been seen.
     seen_until: Vec<u64>,
+    /// What the administrator asked for in this round.
+    pub(crate) upsets: Vec<Upset>,
     /// Subscriptions whose beginning has been shown.
     begun: Vec<bool>,
     trace: Option<Trace>,
@@ -86,7 +88,7 @@ pub struct World {
 /// For the shard.
 pub enum Message {
     Input(Box<Input<()>>, Note),
-    Done(Done<Disk>),
+    Done(bool, Done<Disk>),
 }
 
 enum Client {
@@ -103,7 +105,8 @@ enum Happening {
     ClientNotices(ConnId),
     BrokerNotices(ConnId),
     JobRuns(u64, Job<Disk>),
-    JobDone(u64, Done<Disk>),
+    /// With whether a sync failed in it.
+    JobDone(u64, bool, Done<Disk>),
     Crash(u64),
     DiskError,
     Start {
@@ -149,6 +152,7 @@ impl World {
             history,
             stats: Stats::default(),
             seen_until: vec![0; plan.topics.len()],
+            upsets: Vec::new(),
             begun: vec![false; plan.subs.len()],
             trace: options.trace,
             rng,
@@ -277,13 +281,11 @@ impl World {
             }
             Happening::BrokerNotices(id) => self.broker_notices(id),
             Happening::JobRuns(process, job) if process == self.process && self.shard.is_some() => {
-                let done = job.run();
-                let wait = self.rng.wait(self.plan.pace.round_us);
-                self.after(wait, Happening::JobDone(process, done));
+                self.run_job(job);
             }
-            Happening::JobDone(process, done) if process == self.process => {
+            Happening::JobDone(process, failed, done) if process == self.process => {
                 self.stats.count_job(&done);
-                self.inbox.push_back(Message::Done(done));
+                self.inbox.push_back(Message::Done(failed, done));
                 self.wake();
             }
             Happening::JobRuns(..) | Happening::JobDone(..) => {}
@@ -401,13 +403,22 @@ impl World {
                     self.note_taken(note, shard);
                     shard.input(*input, &mut self.out);
                 }
-                Message::Done(done) => shard.job_done(done)?,
+                Message::Done(failed, done) => {
+                    if failed {
+                        self.disk.set_unknown();
+                    }
+                    shard.job_done(done)?;
+                }
             }
             if shard.is_group_full() {
                 break;
             }
         }
         shard.commit_if_due(&mut self.out)?;
+        // Taken in at the beginning of the round, applied by now.
+        for admin in std::mem::take(&mut self.upsets) {
+            self.note(Event::Admin(admin));
+        }
         self.flush(shard);
         self.show_beginnings(shard);
         shard.dispatch(&mut self.out);
@@ -435,6 +446,24 @@ impl World {
                 self.note(Event::Floor { sub, floor });
             }
         }
+    }
+
+    /// The shard's thread learns of a failure in a job when it takes the result in.
+    fn run_job(&mut self, job: Job<Disk>) {
+        let before = self.disk.take_unknown();
+        let done = job.run();
+        let failed = self.disk.take_unknown();
+        if before {
+            self.disk.set_unknown();
+        }
+        if self.disk.is_off() {
+            self.tell(|| "the power goes during a job".to_owned());
+            self.shard = None;
+            self.stop();
+            return;
+        }
+        let wait = self.rng.wait(self.plan.pace.round_us);
+        self.after(wait, Happening::JobDone(self.process, failed, done));
     }
 
     fn show_floors(&mut self, shard: &SimShard) {
@@ -515,6 +544,7 @@ impl World {
         self.note(Event::Stopped);
         self.process += 1;
         self.inbox.clear();
+        self.upsets.clear();
         self.out = Outbox::default();
         self.next_round = None;
         let ids: Vec<_> = self.conns.keys().copied().collect();

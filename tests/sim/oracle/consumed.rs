@@ -35,6 +35,8 @@ struct Sub {
     floor: u64,
     /// Stream mode: who reads, and which offset comes next.
     reading: Option<(u64, u64)>,
+    /// The furthest commit that was asked for; what is read goes on behind it.
+    asked: u64,
 }
 
 #[derive(Debug, Default)]
@@ -57,7 +59,7 @@ enum Ack {
 }
 
 /// The last delivery, and what was said of it.
-#[derive(Copy, Clone, Debug)]
+#[derive(Clone, Debug)]
 struct Last {
     delivery: Delivery,
     event: usize,
@@ -65,14 +67,30 @@ struct Last {
     begun: bool,
     /// Its session was told that it is over.
     lost: bool,
-    said: Option<Said>,
+    /// In this order; of those that were not answered any may have counted.
+    said: Vec<Said>,
 }
 
 #[derive(Copy, Clone, Debug)]
 struct Said {
+    settle: u64,
     how: How,
     at: u64,
     is_answered: bool,
+}
+
+impl Said {
+    /// The wait that a nack asked for, if it is one.
+    fn own_us(&self) -> Option<Option<u64>> {
+        match self.how {
+            How::Nack { delay_ms } => Some(delay_ms.map(|ms| ms * 1_000)),
+            _ => None,
+        }
+    }
+
+    fn is_failure(&self) -> bool {
+        self.is_answered && self.own_us().is_some()
+    }
 }
 
 #[derive(Debug)]
@@ -95,6 +113,7 @@ impl Consumed {
             start: None,
             floor: 0,
             reading: None,
+            asked: 0,
         });
         Self {
             subs: subs.collect(),
@@ -149,7 +168,7 @@ impl Consumed {
                 at,
             } => {
                 for item in items {
-                    self.subs[*sub].said(*session, *item, *at);
+                    self.subs[*sub].said(*id, *session, *item, *at);
                 }
                 let settle = Settle {
                     sub: *sub,
@@ -161,7 +180,7 @@ impl Consumed {
             }
             Event::Settled { id, refused } => {
                 if let Some(settle) = self.settling.remove(id) {
-                    self.subs[settle.sub].settled(&settle, refused);
+                    self.subs[settle.sub].settled(*id, &settle, refused);
                 }
             }
             Event::Active { sub, session, from } => {
@@ -169,6 +188,8 @@ impl Consumed {
             }
             Event::CommitTaken { id, sub, next } => {
                 self.committing.insert(*id, (*sub, *next, now));
+                let sub = &mut self.subs[*sub];
+                sub.asked = sub.asked.max(*next);
             }
             Event::Committed { id, refused } => {
                 if let Some((sub, next, taken)) = self.committing.remove(id)
@@ -259,7 +280,8 @@ impl Sub {
         };
         // A seek that is under way moves the reading without a notice to wait for.
         if session == delivery.session {
-            verdict.check(delivery.offset == next, I4, || {
+            let passes_over = delivery.offset > next && delivery.offset <= self.asked;
+            verdict.check(delivery.offset == next || passes_over, I4, || {
                 format!("event {now}: the stream goes on at {next}, not with {delivery:?}")
             });
             self.reading = Some((session, delivery.offset + 1));
@@ -284,7 +306,7 @@ impl Sub {
             process,
             begun: false,
             lost: false,
-            said: None,
+            said: Vec::new(),
         });
         message.deliveries += 1;
         let Some(before) = before else {
@@ -308,21 +330,19 @@ impl Sub {
         );
         // Counters may have begun anew.
         if upset.is_none_or(|upset| upset < before.event) {
-            self.again(now, before, new, verdict);
+            self.again(now, &before, new, verdict);
         }
     }
 
     /// A redelivery: counted rightly, and not too early.
-    fn again(&self, now: usize, before: Last, new: Delivery, verdict: &mut Verdict) {
+    fn again(&self, now: usize, before: &Last, new: Delivery, verdict: &mut Verdict) {
         let (old, attempt) = (before.delivery, new.attempt);
-        let nack = before
-            .said
-            .filter(|said| matches!(said.how, How::Nack { .. }));
-        let may_have_failed = before.begun || nack.is_some();
-        let right = match nack {
-            Some(said) if said.is_answered => attempt == old.attempt + 1,
-            _ if may_have_failed => attempt == old.attempt || attempt == old.attempt + 1,
-            _ => attempt == old.attempt,
+        let mut nacks = before.said.iter().filter(|said| said.own_us().is_some());
+        let may_have_failed = before.begun || nacks.clone().next().is_some();
+        let right = match nacks.clone().any(|said| said.is_answered) {
+            true => attempt == old.attempt + 1,
+            false if may_have_failed => attempt == old.attempt || attempt == old.attempt + 1,
+            false => attempt == old.attempt,
         };
         verdict.check(right, I6, || {
             format!(
@@ -330,8 +350,8 @@ impl Sub {
                 old.attempt
             )
         });
-        let released = before.said.filter(|said| said.is_answered);
-        if let Some(said) = released
+        if let [said] = before.said.as_slice()
+            && said.is_answered
             && let How::Release { delay_ms: Some(ms) } = said.how
         {
             verdict.check(new.at >= said.at + ms * 1_000, I5, || {
@@ -345,31 +365,32 @@ impl Sub {
             return;
         }
         let backoff_us = self.rules.least_wait_us(old.attempt);
-        let due = match nack {
-            Some(said) => {
-                let own_us = match said.how {
-                    How::Nack { delay_ms: Some(ms) } => ms * 1_000,
-                    _ => backoff_us,
-                };
-                match said.is_answered {
-                    true => said.at + own_us,
-                    // Something else may have ended the lease before.
-                    false => old.at + own_us.min(backoff_us),
-                }
+        let due = |said: &Said| said.at + said.own_us().flatten().unwrap_or(backoff_us);
+        let is_sure = matches!(before.said.as_slice(), [said] if said.is_answered);
+        let due = match (is_sure, nacks.next()) {
+            (true, Some(said)) => due(said),
+            // Any of them may have counted, or something else that ended the lease before.
+            _ => {
+                let least = nacks.filter_map(|said| said.own_us().flatten()).min();
+                let first = before
+                    .said
+                    .iter()
+                    .filter_map(|said| said.own_us().flatten())
+                    .min();
+                let least = least.into_iter().chain(first).chain([backoff_us]).min();
+                old.at + least.unwrap_or(0)
             }
-            None => old.at + backoff_us,
         };
         verdict.check(new.at >= due, I5, || {
             format!("event {now}: due at {due} at the earliest after {before:?}, came {new:?}")
         });
     }
 
-    fn said(&mut self, session: u64, item: Settling, at: u64) {
+    fn said(&mut self, settle: u64, session: u64, item: Settling, at: u64) {
         let Some(message) = self.messages.get_mut(&item.offset) else {
             return;
         };
         match item.how {
-            How::Extend => return,
             How::Ack if message.ack == Ack::None => message.ack = Ack::Maybe,
             How::Reject => message.was_rejected = true,
             _ => {}
@@ -378,10 +399,15 @@ impl Sub {
         let last = last.filter(|last| {
             (last.delivery.session, last.delivery.delivery) == (session, item.delivery)
         });
-        if let Some(last) = last
-            && last.said.is_none()
-        {
-            last.said = Some(Said {
+        let Some(last) = last else {
+            return;
+        };
+        // Who is still working has begun.
+        if item.how == How::Extend {
+            last.begun = true;
+        } else {
+            last.said.push(Said {
+                settle,
                 how: item.how,
                 at,
                 is_answered: false,
@@ -389,7 +415,7 @@ impl Sub {
         }
     }
 
-    fn settled(&mut self, settle: &Settle, refused: &[usize]) {
+    fn settled(&mut self, id: u64, settle: &Settle, refused: &[usize]) {
         let is_clear = self.upset.is_none_or(|upset| upset < settle.event);
         for (ordinal, item) in settle.items.iter().enumerate() {
             let Some(message) = self.messages.get_mut(&item.offset) else {
@@ -405,16 +431,17 @@ impl Sub {
             let Some(last) = last else {
                 continue;
             };
-            match &mut last.said {
-                Some(said) if is_good && said.how == item.how => {
-                    if !said.is_answered && matches!(said.how, How::Nack { .. }) {
-                        message.nacked += 1;
-                    }
-                    said.is_answered = true;
-                }
-                Some(said) if said.how == item.how && !said.is_answered => last.said = None,
-                _ => {}
+            if !is_good {
+                last.said.retain(|said| said.settle != id);
+                continue;
             }
+            let was_failed = last.said.iter().any(|said| said.is_failure());
+            let Some(said) = last.said.iter_mut().find(|said| said.settle == id) else {
+                continue;
+            };
+            said.is_answered = true;
+            // Repeating a settlement is fine, and counts once.
+            message.nacked += u64::from(said.own_us().is_some() && !was_failed);
         }
     }
 
@@ -503,12 +530,13 @@ impl Sub {
 
     /// Delayed messages did not come before their time.
     fn due_first(&self, no: SubNo, published: &Published, verdict: &mut Verdict) {
-        if self.rules.is_stream {
+        // A redrive wants to be tried at once.
+        if self.rules.is_stream || self.was_redriven {
             return;
         }
         for (offset, message) in &self.messages {
             let sent = published.sent_at(self.rules.topic, *offset);
-            if let (Some((sent, taken)), Some(last)) = (sent, message.last) {
+            if let (Some((sent, taken)), Some(last)) = (sent, &message.last) {
                 verdict.check(last.delivery.at >= taken + sent.delay_ms * 1_000, I5, || {
                     format!("subscription {no}: {sent:?} taken in at {taken} came too early: {last:?}")
                 });

@@ -125,14 +125,26 @@ impl Queue {
             begun: None,
         });
         let held: Vec<_> = runs.iter().copied().chain(proposed).collect();
-        for run in held.iter().filter(|run| run.begun.is_none()) {
-            session.live.clocks.push_back(Clock {
-                at: now,
-                first: run.first,
-                end: run.end,
-                delivery: run.delivery,
-            });
+        // What was still on its way is as if it were handed out now: it may be held so long.
+        let config = &sub.config;
+        let on_its_way = config
+            .processing_timeout_ms
+            .saturating_sub(config.hold_max_ms);
+        let on_its_way = Stamp(now.0.saturating_sub(on_its_way * 1_000));
+        for (n, run) in held.iter().enumerate() {
+            if run.begun.is_none() {
+                session.live.clocks.push_back(Clock {
+                    at: if n < runs.len() { now } else { on_its_way },
+                    first: run.first,
+                    end: run.end,
+                    delivery: run.delivery,
+                });
+            }
         }
+        let clocks = session.live.clocks.make_contiguous();
+        clocks.sort_by_key(|clock| clock.at);
+        let next = session.next_deadline(config.processing_timeout_ms, config.hold_max_ms);
+        self.work.timers.arm(Timer::Session(id), next);
         self.work.timers.arm(Timer::Session(id), deadline);
         self.work.hot.insert(sub.id);
         Some(Attached {

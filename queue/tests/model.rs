@@ -17,21 +17,32 @@ mod dead;
 mod fold;
 #[path = "model/judge.rs"]
 mod judge;
-#[path = "model/known.rs"]
-mod known;
+#[path = "model/make.rs"]
+mod make;
 #[path = "model/ops.rs"]
 mod ops;
+#[path = "model/producers.rs"]
+mod producers;
+#[path = "model/rest.rs"]
+mod rest;
 #[path = "model/settle.rs"]
 mod settle;
 #[path = "model/state.rs"]
 mod state;
+#[path = "model/subscriptions.rs"]
+mod subscriptions;
 #[path = "model/world.rs"]
 mod world;
 
 use millpond_protocol::policy::SubscriptionMode;
 use ops::{Kind, Op};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 use world::World;
+
+/// Cases of each property unless the environment says otherwise: some 10 seconds each.
+const CASES: u32 = 1_000;
 
 /// Kinds of operations with how often they come.
 type Profile = &'static [(u32, Kind)];
@@ -133,6 +144,16 @@ fn ops(profile: Profile, most: usize) -> impl Strategy<Value = Vec<Op>> {
     proptest::collection::vec(op.prop_map(|(kind, a, b, c)| Op(kind, a, b, c)), 1..most)
 }
 
+fn config() -> ProptestConfig {
+    let config = ProptestConfig::default();
+    let is_told = std::env::var_os("PROPTEST_CASES").is_some();
+    ProptestConfig {
+        cases: if is_told { config.cases } else { CASES },
+        failure_persistence: None,
+        ..config
+    }
+}
+
 fn run(mode: SubscriptionMode, shape: u8, ops: &[Op]) -> World {
     let mut world = World::new();
     world.set_up(mode, shape);
@@ -142,7 +163,7 @@ fn run(mode: SubscriptionMode, shape: u8, ops: &[Op]) -> World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(config())]
 
     #[test]
     fn consumers_get_what_the_model_says(shape: u8, ops in ops(CONSUMING, 80)) {
@@ -163,4 +184,40 @@ proptest! {
     fn operators_get_what_the_model_says(shape: u8, ops in ops(ADMINISTERING, 80)) {
         run(SubscriptionMode::Queue, shape, &ops);
     }
+}
+
+/// What is looked at must happen: a model of a queue in which nothing goes on would always agree.
+#[test]
+fn random_operations_reach_every_part() {
+    let mut runner = TestRunner::deterministic();
+    let mut seen = [0; 12];
+    for profile in [CONSUMING, PUBLISHING, ADMINISTERING] {
+        let strategy = (any::<u8>(), ops(profile, 80));
+        for _ in 0..60 {
+            let tree = strategy.new_tree(&mut runner).unwrap();
+            let (shape, ops) = tree.current();
+            let counts = run(SubscriptionMode::Queue, shape, &ops).model.counts;
+            let all = [
+                counts.published,
+                counts.dedup_hits,
+                counts.delivered,
+                counts.acked,
+                counts.released,
+                counts.failures,
+                counts.dead,
+                counts.redriven,
+                counts.purged,
+                counts.fenced,
+                counts.gaps,
+                counts.late,
+            ];
+            seen.iter_mut()
+                .zip(all)
+                .for_each(|(seen, count)| *seen += count);
+        }
+    }
+    assert!(
+        seen.iter().all(|seen| *seen > 0),
+        "nothing to see of some: {seen:?}"
+    );
 }

@@ -14,7 +14,6 @@ use millpond_queue::{
 };
 
 use crate::fold::Applied;
-use crate::known;
 use crate::state::*;
 
 /// What must become of one settlement.
@@ -471,7 +470,8 @@ impl Model {
         item.failed_at = Some(to.place);
         item.history.push((to.stamp, kind, code));
         item.suspect = Suspect::No;
-        item.lost_last = kind == FailureKind::SessionLost;
+        let is_last = item.failures + 1 >= max_attempts;
+        item.lost_last = (kind == FailureKind::SessionLost).then_some(is_last);
         let mut over = Vec::new();
         let deliveries = item.deliveries - item.before_redrive.0;
         let failures = item.failures;
@@ -570,8 +570,12 @@ impl Model {
     /// What outlived its time while it was leased may die with its lease.
     fn is_late_death(&self, id: SubscriptionId, offset: u64, to: &Applied<'_>) -> bool {
         let item = &self.subs[&id].items[offset as usize];
-        (item.is_over || self.outlived(&self.subs[&id], offset, to.stamp) != Some(false))
-            && self.is_letter_new(id, offset, to)
+        let outlived = self.outlived(&self.subs[&id], offset, to.stamp);
+        if self.subs[&id].dead_topic.is_empty() {
+            // Nothing is filed that could tell.
+            return item.is_over || outlived == Some(true);
+        }
+        (item.is_over || outlived != Some(false)) && self.is_letter_new(id, offset, to)
     }
 
     /// Every lease taken away is told of exactly once, and nothing else is.
@@ -617,11 +621,6 @@ fn verdict(item: &Item, session: SessionId, delivery: Delivery, said: Option<&Sa
     let is_last = item.leases.last() == past;
     let ending = past.and_then(|past| past.ending);
     let repeats = is_last && ending.is_some() && ending == self::ending(said);
-    let by_anybody = item.leases.iter().any(|past| past.delivery == delivery) || item.sought;
-    let was_answered = matches!(
-        ending,
-        Some(Ending::Nack | Ending::Reject | Ending::Release | Ending::Taken)
-    );
     match (item.state, said) {
         (State::Leased { .. }, _) => Verdict::Refuse,
         _ if item.sought || item.redrives > 0 => Verdict::Either,
@@ -631,12 +630,8 @@ fn verdict(item: &Item, session: SessionId, delivery: Delivery, said: Option<&Sa
         (State::Ready | State::Scheduled { .. }, None) => match ending {
             Some(Ending::Taken) if is_last => Verdict::Accept,
             Some(_) => Verdict::Either,
-            None if known::OLD_ACK_OF_ANYBODY && by_anybody => Verdict::Either,
             None => Verdict::Refuse,
         },
-        (_, Some(_)) if known::OTHER_SETTLEMENT_IS_REPEAT && is_last && was_answered => {
-            Verdict::Either
-        }
         // Nothing changes, whatever is answered.
         (State::Gone, Some(_)) if repeats => Verdict::Either,
         (State::Acked | State::Gone, None) => Verdict::Either,

@@ -137,8 +137,8 @@ pub struct Item {
     /// Deliveries and releases before the last redrive, whose limit starts again.
     pub before_redrive: (u32, u32),
     pub suspect: Suspect,
-    /// The last failure was the loss of a session.
-    pub lost_last: bool,
+    /// The last failure was the loss of a session, and whether it left one attempt.
+    pub lost_last: Option<bool>,
     pub first_attempt: Option<Stamp>,
     /// Every lease that it had, oldest first.
     pub leases: Vec<Past>,
@@ -266,6 +266,11 @@ impl Message {
 impl Item {
     pub fn is_finished(&self) -> bool {
         matches!(self.state, State::Acked | State::Dead | State::Gone)
+    }
+
+    /// Whether nothing is said of its having to be alone.
+    pub fn may_be_alone(&self) -> bool {
+        self.suspect == Suspect::Maybe || self.lost_last.is_some()
     }
 
     /// The newest lease ended so.

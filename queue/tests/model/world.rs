@@ -10,7 +10,6 @@ use millpond_queue::{Counters, Effect, Options, Outcome, Place, Queue, Record, S
 
 use crate::fold::Applied;
 use crate::judge::Turn;
-use crate::known;
 use crate::state::*;
 
 pub struct World {
@@ -351,12 +350,6 @@ impl World {
                 maybe += u64::from(from <= self.now);
             }
         }
-        let waits = |at: u64| model.message(sub, at).ready_at() > self.now;
-        let used = |item: &Item| item.state != State::Ready || item.redrives > 0;
-        let used_while_delayed = |at: u64| used(&sub.items[at as usize]) && waits(at);
-        if known::DEAD_IS_SCHEDULED && (0..sub.items.len() as u64).any(used_while_delayed) {
-            return;
-        }
         assert!(
             (surely..=maybe).contains(&view.ready),
             "{surely} to {maybe} are ready: {view:?}"
@@ -431,7 +424,8 @@ impl World {
             }
             self.turn();
             if self.model.subs.values().all(|sub| self.is_finished(sub)) {
-                return self.check();
+                self.check();
+                return self.check_space();
             }
             let wakes = self
                 .core
@@ -441,6 +435,30 @@ impl World {
         }
         let unfinished = self.model.subs.values().find(|sub| !self.is_finished(sub));
         panic!("never finished: {unfinished:?}");
+    }
+
+    /// What everybody has finished is kept by nothing but letters.
+    fn check_space(&mut self) {
+        // Beyond every retention that the tests configure.
+        self.now = self.now.plus_ms(60_000);
+        self.turn();
+        let letters = self.model.letters().map(|(_, _, letter)| letter.body);
+        let mut bodies: Vec<_> = letters.collect();
+        for (id, topic) in &self.model.topics {
+            let needed = (0..topic.next()).filter(|at| self.model.is_needed(*id, *at));
+            bodies.extend(needed.map(|at| topic.messages[at as usize].body));
+        }
+        for (id, topic) in &self.model.topics {
+            if self.model.subs_of(*id).is_empty() || topic.is_dead {
+                continue;
+            }
+            for at in 0..topic.next() {
+                let body = topic.messages[at as usize].body;
+                let is_live = self.core.is_live(body.0, Offset(body.1));
+                let is_kept = bodies.contains(&body);
+                assert!(is_kept || !is_live, "{at} of {} stays for ever", topic.name);
+            }
+        }
     }
 
     fn is_finished(&self, sub: &Sub) -> bool {

@@ -210,6 +210,14 @@ impl MemoryBudget {
         self.0.waiting.load(Ordering::Relaxed)
     }
 
+    /// Whether others wait for what `share` has of its token, its topic or the whole.
+    #[must_use]
+    pub fn is_wanted(&self, share: &Share) -> bool {
+        let [_own, others @ ..] = self.parts(share);
+        let mut others = others.into_iter().flatten();
+        others.any(|part| part.waiting.load(Ordering::Relaxed) > 0)
+    }
+
     /// How full the whole budget is.
     #[must_use]
     pub fn pressure(&self) -> Pressure {
@@ -270,6 +278,7 @@ impl Drop for Permit {
 struct Part {
     free: Arc<Semaphore>,
     limit: u64,
+    waiting: AtomicUsize,
 }
 
 impl Part {
@@ -280,6 +289,7 @@ impl Part {
         Arc::new(Self {
             free: Arc::new(Semaphore::new(permits)),
             limit: permits as u64,
+            waiting: AtomicUsize::new(0),
         })
     }
 
@@ -304,8 +314,28 @@ impl Part {
     }
 
     async fn take(&self, bytes: u32) -> OwnedSemaphorePermit {
+        if let Some(taken) = self.try_take(bytes) {
+            return taken;
+        }
+        let _waiter = Waiter::new(&self.waiting);
         let taken = self.free.clone().acquire_many_owned(bytes).await;
         taken.expect("a part's semaphore is never closed")
+    }
+}
+
+/// Counts who waits for one part.
+struct Waiter<'a>(&'a AtomicUsize);
+
+impl<'a> Waiter<'a> {
+    fn new(waiting: &'a AtomicUsize) -> Self {
+        waiting.fetch_add(1, Ordering::Relaxed);
+        Self(waiting)
+    }
+}
+
+impl Drop for Waiter<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -491,6 +521,28 @@ mod tests {
         assert!(is_pending(waiting.as_mut()).await);
         assert_eq!(budget.0.whole.used(), 20 << 20);
         assert!(try_mib(&budget, 20, &budget.connection(None)).is_some());
+    }
+
+    #[tokio::test]
+    async fn what_others_wait_for_is_wanted_and_ones_own_is_not() {
+        let budget = budget();
+        let (one, two) = (budget.connection(None), budget.connection(None));
+        let own = try_mib(&budget, 20, &one).unwrap();
+        {
+            let waiting = budget.acquire(20 << 20, Class::Inbound, &one);
+            tokio::pin!(waiting);
+            assert!(is_pending(waiting.as_mut()).await);
+            assert!(!budget.is_wanted(&one), "it waits for its own share");
+        }
+        let others = [(); 3].map(|()| budget.connection(None));
+        let _rest = [(20, 0), (20, 1), (3, 2)].map(|(mib, n)| try_mib(&budget, mib, &others[n]));
+        let waiting = budget.acquire(2 << 20, Class::Inbound, &two);
+        tokio::pin!(waiting);
+        assert!(is_pending(waiting.as_mut()).await);
+        assert!(budget.is_wanted(&one));
+        drop(own);
+        waiting.await.unwrap();
+        assert!(!budget.is_wanted(&one));
     }
 
     #[tokio::test]

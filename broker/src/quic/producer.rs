@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use millpond_protocol::control::{OpenProducer, ProducerOpened, PublishRefused};
@@ -16,6 +17,7 @@ use millpond_protocol::message::{MessageError, MessageView};
 use millpond_protocol::{Epoch, ErrorCode, ProducerKey, Sequence, TopicId, WireError};
 use millpond_wal::storage::Storage;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
@@ -33,6 +35,9 @@ const PRESSED_MESSAGES: u64 = 256;
 const PRESSED_BYTES: u64 = 2 * MESSAGE_BYTES_MAX as u64;
 /// Answers of the shard that are put into one frame.
 const COALESCE_MAX: usize = 1_024;
+/// How long a frame may take to arrive once its memory is taken, when others want it. The largest
+/// one comes in time at 8 MiB/s.
+const ARRIVAL: Duration = Duration::from_secs(2);
 
 const _: () = assert!(PRESSED_BYTES <= WINDOW_BYTES);
 
@@ -197,7 +202,7 @@ async fn read<S: Storage>(
     let (mut messages, mut bytes) = (0, 0);
     while let Some((_, length)) = reader.header().await? {
         let permit = room(context, length as u64, &share).await?;
-        let Some(frame) = reader.next().await? else {
+        let Some(frame) = arrive(context, &mut reader, &share).await? else {
             break;
         };
         let publish = Publish::decode(&frame.expect(FrameType::Publish)?.body)?;
@@ -242,6 +247,26 @@ async fn room<S: Storage>(
         .metrics
         .observe_credit_wait(ErrorCode::Memory, began.elapsed());
     Ok(permit?)
+}
+
+/// The frame whose header is there and whose memory is taken. While others wait for memory, it may
+/// not keep its own without filling it.
+async fn arrive<S: Storage>(
+    context: &Context<S>,
+    reader: &mut FrameReader,
+    share: &Share,
+) -> Result<Option<Frame>, StreamError> {
+    loop {
+        // What has been read stays in the reader.
+        match timeout(ARRIVAL, reader.next()).await {
+            Ok(frame) => return frame,
+            Err(_) if !context.memory.is_wanted(share) => {}
+            Err(_) => {
+                let text = "a frame did not arrive in time while others waited for the memory that was kept for it; send it again";
+                return Err(WireError::new(ErrorCode::Memory, text).into());
+            }
+        }
+    }
 }
 
 /// Checks every message of a batch, that their sequences rise, and that nothing is left over.

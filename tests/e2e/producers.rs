@@ -247,7 +247,7 @@ async fn the_largest_message_passes_and_one_byte_more_is_refused_alone() {
     let mut consumer = subscribe(&client, "billing", quick_retries(10, 3)).await;
     let producer = producer(&client).await;
     let largest: Vec<u8> = (0..PAYLOAD_BYTES_MAX)
-        .map(|n| (n * 31 >> 7) as u8)
+        .map(|n| (n * 31 / 128) as u8)
         .collect();
     let largest = Bytes::from(largest);
     let mut with_headers = Message::new(largest.clone());

@@ -1,0 +1,485 @@
+//! Peers that break the protocol: each is told why, and nobody else notices.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use millpond_client::{Client, Error, ErrorCode, Message, StartAt};
+use millpond_protocol::WireError;
+use millpond_protocol::control::{OpenSettlements, SettleRefused, Settled};
+use millpond_protocol::frame::{FrameType, body_bytes_max};
+use millpond_protocol::hot::{AckRun, ConsumerCredit, Credit, decode_deliver, encode_acks};
+use millpond_protocol::ids::{Delivery, Offset, SessionId};
+use quinn::ConnectionError;
+use tokio::time::timeout;
+
+use crate::common::{PATIENCE, broker, broker_with, builder, next, publish, quick_retries, text};
+use crate::raw::{Peer, Raw, Wire, head, hello, publish as publish_frame, whole};
+
+/// Asserts that others are served as if nothing had happened.
+pub async fn still_serves(client: &Client) {
+    let name = "witness";
+    let witness = client.subscribe("orders", name);
+    let witness = witness.create(quick_retries(1, 3), StartAt::Latest);
+    let mut consumer = witness.open().await.unwrap();
+    publish(client, &["still there"]).await;
+    let delivery = next(&mut consumer).await;
+    assert_eq!(text(&delivery), "still there");
+    delivery.ack().await.unwrap();
+    consumer.close().await;
+    client.delete_subscription("orders", name).await.unwrap();
+}
+
+fn is(error: &WireError, code: ErrorCode, what: FrameType) {
+    assert_eq!(error.code, code, "{what:?}: {error}");
+    assert!(error.message.len() > 10, "{what:?}: {error}");
+}
+
+#[tokio::test]
+async fn no_frame_but_an_opening_one_may_come_first() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    for &kind in FrameType::ALL {
+        let mut wire = raw.stream().await;
+        wire.bytes(&whole(kind, &[])).await;
+        is(&wire.refusal().await, ErrorCode::Malformed, kind);
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_body_that_is_garbage_ends_its_stream_only() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    for &kind in FrameType::ALL {
+        let mut wire = raw.stream().await;
+        wire.bytes(&whole(kind, &[0xff; 40])).await;
+        let code = match body_bytes_max(kind) {
+            0 => ErrorCode::TooLarge,
+            _ => ErrorCode::Malformed,
+        };
+        is(&wire.refusal().await, code, kind);
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_frame_that_is_cut_off_is_told_so() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    for &kind in FrameType::ALL {
+        for cut in [1, 7, 9] {
+            if body_bytes_max(kind) == 0 && cut > 8 {
+                continue;
+            }
+            let mut wire = raw.stream().await;
+            let length = body_bytes_max(kind).min(16) as u32;
+            let bytes = [&head(kind as u8, length, 0)[..], &[1; 16]].concat();
+            wire.bytes(&bytes[..cut]).await;
+            wire.finish();
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_length_beyond_the_limit_is_refused_by_the_header_alone() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    for &kind in FrameType::ALL {
+        for length in [u32::MAX, body_bytes_max(kind) as u32 + 1] {
+            let mut wire = raw.stream().await;
+            wire.bytes(&head(kind as u8, length, 0)).await;
+            is(&wire.refusal().await, ErrorCode::TooLarge, kind);
+        }
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn reserved_bits_and_unknown_types_are_refused() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    for &kind in FrameType::ALL {
+        let mut flagged = head(kind as u8, 0, 0);
+        for at in 5..8 {
+            flagged[at] = 0x80;
+            let mut wire = raw.stream().await;
+            wire.bytes(&flagged).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+            flagged[at] = 0;
+        }
+    }
+    for code in (0..=u8::MAX).filter(|&code| FrameType::try_from(code).is_err()) {
+        let mut wire = raw.stream().await;
+        wire.bytes(&head(code, 0, 0)).await;
+        let error = wire.refusal().await;
+        assert_eq!(error.code, ErrorCode::Malformed, "{code}: {error}");
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn frames_that_do_not_belong_on_an_open_stream_end_it() {
+    use FrameType as F;
+    let (broker, client) = broker().await;
+    let peer = Peer::new(&broker);
+    let mut raw = peer.welcomed(&broker).await;
+    for &kind in F::ALL {
+        let frame = whole(kind, &[]);
+        if kind != F::Publish {
+            let (mut wire, _) = raw.producer().await;
+            wire.bytes(&frame).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
+        if kind != F::ConsumerCredit {
+            let (mut wire, _) = raw.consumer("c").await;
+            wire.bytes(&frame).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
+        if ![F::Acks, F::Settle, F::Commit, F::Renew, F::CloseSession].contains(&kind) {
+            let (_deliveries, opened) = raw.consumer("c").await;
+            let mut wire = raw.settlements(&opened).await;
+            wire.bytes(&frame).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
+        if kind != F::Request {
+            let mut other = peer.welcomed(&broker).await;
+            other.control.bytes(&frame).await;
+            is(&other.control.refusal().await, ErrorCode::Malformed, kind);
+            assert_closed(&other, ErrorCode::Malformed).await;
+        }
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn garbage_on_an_open_stream_ends_it() {
+    use FrameType as F;
+    let (broker, client) = broker().await;
+    let peer = Peer::new(&broker);
+    let mut raw = peer.welcomed(&broker).await;
+    for body in [&[][..], &[0xff; 7], &[0xff; 60]] {
+        let (mut wire, _) = raw.producer().await;
+        wire.bytes(&whole(F::Publish, body)).await;
+        is(&wire.refusal().await, ErrorCode::Malformed, F::Publish);
+        for kind in [F::Acks, F::Settle, F::Commit] {
+            let (_deliveries, opened) = raw.consumer("c").await;
+            let mut wire = raw.settlements(&opened).await;
+            // A commit has room for fields to come behind its own.
+            let body = if kind == F::Commit {
+                &body[..body.len().min(7)]
+            } else {
+                body
+            };
+            wire.bytes(&whole(kind, body)).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
+        let mut other = peer.welcomed(&broker).await;
+        other.control.bytes(&whole(F::Request, body)).await;
+        is(
+            &other.control.refusal().await,
+            ErrorCode::Malformed,
+            F::Request,
+        );
+        assert_closed(&other, ErrorCode::Malformed).await;
+    }
+    let (mut wire, _) = raw.consumer("c").await;
+    wire.bytes(&whole(F::ConsumerCredit, &[0xff; 23])).await;
+    is(
+        &wire.refusal().await,
+        ErrorCode::Malformed,
+        F::ConsumerCredit,
+    );
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn messages_that_lie_are_refused_and_nothing_of_them_is_appended() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let good = || Message::new("m");
+    let mut forged = good();
+    forged.headers.push(("mp-dead-reason".into(), Bytes::new()));
+    let mut flipped = publish_frame(0, 1, &[good()]).to_vec();
+    *flipped.last_mut().unwrap() ^= 1;
+    let mut left_over = publish_frame(0, 1, &[good(), good()]).to_vec();
+    left_over[16] = 1;
+    let mut missing = publish_frame(0, 1, &[good()]).to_vec();
+    missing[16] = 2;
+    let mut none = publish_frame(0, 1, &[]).to_vec();
+    none[16] = 0;
+    for (what, frame, code) in [
+        (
+            "a reserved header",
+            publish_frame(0, 1, &[forged]).to_vec(),
+            ErrorCode::ReservedHeader,
+        ),
+        ("a flipped bit", flipped, ErrorCode::Malformed),
+        ("a message too many", left_over, ErrorCode::Malformed),
+        ("a message too few", missing, ErrorCode::Malformed),
+        ("no message", none, ErrorCode::Malformed),
+        (
+            "a sequence that falls",
+            publish_frame(5, 5, &[good()]).to_vec(),
+            ErrorCode::Malformed,
+        ),
+    ] {
+        let (mut wire, _) = raw.producer().await;
+        wire.bytes(&frame).await;
+        let error = wire.refusal().await;
+        assert_eq!(error.code, code, "{what}: {error}");
+    }
+    assert_eq!(client.topic("orders").await.unwrap().next, Offset(0));
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_version_that_is_not_spoken_is_refused_with_those_that_are() {
+    let (broker, client) = broker().await;
+    let peer = Peer::new(&broker);
+    for (min, max) in [(2, 9), (0, 0), (u16::MAX, u16::MAX), (1, 0)] {
+        let connection = peer.dial(&broker).await.unwrap();
+        let mut control = Wire::open(&connection).await;
+        control.control(FrameType::Hello, &hello(min, max)).await;
+        let error = control.refusal().await;
+        assert_eq!(error.code, ErrorCode::Version, "{min} to {max}: {error}");
+        assert!(error.message.contains("1 to 1"), "{error}");
+        let raw = Raw {
+            connection,
+            control,
+        };
+        assert_closed(&raw, ErrorCode::Version).await;
+    }
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn who_does_not_say_hello_is_sent_away() {
+    let (broker, client) = broker_with(|config| config.quic.handshake_deadline_ms = 300).await;
+    let peer = Peer::new(&broker);
+    let silent = peer.dial(&broker).await.unwrap();
+    let half = peer.dial(&broker).await.unwrap();
+    let mut wire = Wire::open(&half).await;
+    wire.bytes(&head(FrameType::Hello as u8, 100, 0)).await;
+    for connection in [silent, half] {
+        let closed = timeout(PATIENCE, connection.closed()).await;
+        let closed = closed.expect("its time is over");
+        assert!(
+            matches!(closed, ConnectionError::ApplicationClosed(_)),
+            "{closed}"
+        );
+    }
+    for &kind in FrameType::ALL {
+        let connection = peer.dial(&broker).await.unwrap();
+        let mut control = Wire::open(&connection).await;
+        control.bytes(&whole(kind, &[])).await;
+        is(&control.refusal().await, ErrorCode::Malformed, kind);
+        let raw = Raw {
+            connection,
+            control,
+        };
+        assert_closed(&raw, ErrorCode::Malformed).await;
+    }
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn another_protocol_and_another_ca_end_in_the_handshake() {
+    let (broker, client) = broker().await;
+    let web = Peer::speaking(&broker, b"h3").dial(&broker).await;
+    const NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
+    match web {
+        Err(ConnectionError::ConnectionClosed(close)) => {
+            assert_eq!(u64::from(close.error_code), NO_APPLICATION_PROTOCOL);
+        }
+        other => panic!("{other:?}"),
+    }
+    let (stranger, _) = crate::common::broker().await;
+    let error = builder(&stranger)
+        .connect(&broker.url())
+        .await
+        .err()
+        .unwrap();
+    assert!(matches!(error, Error::Tls(_)), "{error:?}");
+    assert!(
+        error.to_string().contains("not signed by the CA"),
+        "{error}"
+    );
+    assert!(!error.is_retriable());
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+    stranger.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_producer_that_overruns_its_credit_loses_its_stream() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (mut wire, opened) = raw.producer().await;
+    const BATCH: u64 = 4_096;
+    let messages = vec![Message::new(""); BATCH as usize];
+    let mut all = Vec::new();
+    for batch in 0..4 * opened.credit.max_messages / BATCH {
+        let previous = batch * BATCH;
+        all.extend_from_slice(&publish_frame(previous, previous + 1, &messages));
+    }
+    wire.bytes(&all).await;
+    is(
+        &wire.refusal().await,
+        ErrorCode::CreditOverrun,
+        FrameType::Publish,
+    );
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn absurd_credit_is_taken_for_much_and_harms_nobody() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (mut wire, opened) = raw.consumer("c").await;
+    let mut settlements = raw.settlements(&opened).await;
+    let most = Credit {
+        max_messages: u64::MAX,
+        max_bytes: u64::MAX,
+    };
+    for (credit, begun) in [(most, u64::MAX), (Credit::default(), 0), (most, 3)] {
+        wire.bytes(&ConsumerCredit { credit, begun }.encode()).await;
+    }
+    publish(&client, &["a", "b"]).await;
+    let mut got = Vec::new();
+    while got.len() < 2 {
+        let frame = wire.next_of(FrameType::Deliver).await;
+        got.extend(decode_deliver(&frame.body).unwrap());
+    }
+    let runs: Vec<AckRun> = got
+        .iter()
+        .map(|got| run(got.meta.offset.0, got.meta.delivery, 1))
+        .collect();
+    settlements.bytes(&acks(&runs)).await;
+    let settled: Settled = settlements.expect(FrameType::Settled).await;
+    assert_eq!(settled.refused, []);
+    let view = client.subscription("orders", "c").await.unwrap();
+    assert_eq!(view.backlog, 0);
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn acks_of_what_was_never_delivered_are_refused_one_by_one() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (_wire, opened) = raw.consumer("c").await;
+    publish(&client, &["a"]).await;
+    let mut settlements = raw.settlements(&opened).await;
+    let one = Delivery(1);
+    let mut answered = 0;
+    for (offset, count) in [(0, 1), (1_000_000, 3), (u64::MAX - 70_000, 65_536)] {
+        settlements.bytes(&acks(&[run(offset, one, count)])).await;
+        let mut refused: Vec<SettleRefused> = Vec::new();
+        answered += u64::from(count);
+        loop {
+            let settled: Settled = settlements.expect(FrameType::Settled).await;
+            refused.extend(settled.refused);
+            if settled.upto == answered {
+                break;
+            }
+        }
+        assert_eq!(refused.len(), count as usize, "{offset} and {count} on");
+        assert!(refused.iter().all(|one| one.code == ErrorCode::LeaseLost));
+    }
+    let view = client.subscription("orders", "c").await.unwrap();
+    assert_eq!(
+        (view.backlog, view.floor),
+        (1, Offset(0)),
+        "nothing was acknowledged"
+    );
+    for bad in [
+        run(0, one, 65_537),
+        run(0, one, 0),
+        run(0, one, u32::MAX),
+        run(u64::MAX, one, 2),
+    ] {
+        let (_wire, opened) = raw.consumer("c").await;
+        let mut settlements = raw.settlements(&opened).await;
+        settlements.bytes(&acks(&[bad])).await;
+        is(
+            &settlements.refusal().await,
+            ErrorCode::Malformed,
+            FrameType::Acks,
+        );
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_session_is_settled_by_nobody_who_does_not_have_its_token() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (_wire, opened) = raw.consumer("c").await;
+    for (session, token) in [
+        (opened.session, opened.token ^ 1),
+        (SessionId(opened.session.0 + 1), opened.token),
+        (SessionId(u64::MAX), 0),
+    ] {
+        let mut wire = raw.stream().await;
+        let open = OpenSettlements { session, token };
+        wire.control(FrameType::OpenSettlements, &open).await;
+        is(
+            &wire.refusal().await,
+            ErrorCode::SessionEnded,
+            FrameType::OpenSettlements,
+        );
+    }
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+async fn assert_closed(raw: &Raw, code: ErrorCode) {
+    let closed = timeout(Duration::from_secs(5), raw.connection.closed()).await;
+    match closed.expect("the connection ends with its control stream") {
+        ConnectionError::ApplicationClosed(close) => {
+            assert_eq!(u64::from(close.error_code), u64::from(u16::from(code)));
+            assert!(!close.reason.is_empty());
+        }
+        other => panic!("{other}"),
+    }
+}
+
+fn run(offset: u64, delivery: Delivery, run: u32) -> AckRun {
+    AckRun {
+        offset: Offset(offset),
+        delivery,
+        run,
+    }
+}
+
+fn acks(runs: &[AckRun]) -> Bytes {
+    let mut out = bytes::BytesMut::new();
+    encode_acks(runs, &mut out);
+    out.freeze()
+}

@@ -124,6 +124,31 @@ impl Queue {
         Some(letter)
     }
 
+    /// A reopened message is finished: it, and a reference that only it needed, keep no body.
+    pub(super) fn close_reopened(&mut self, id: TopicId, offset: u64) {
+        let body = self.body_of(id, Offset(offset));
+        self.pins.unpin_body(body);
+        let is_needed = self.is_reopened(id, offset);
+        if let Some(topic) = self.topics.get_mut(&id)
+            && offset < topic.first
+            && !is_needed
+            && let Some(body) = topic.aliases.remove(&offset)
+        {
+            self.pins.unpin_body(body);
+            self.dirty.mark(dirty::letters(id, offset));
+        }
+    }
+
+    /// Whether any subscription has got this message back.
+    pub(super) fn is_reopened(&self, id: TopicId, offset: u64) -> bool {
+        let subs = self.topics.get(&id).into_iter();
+        let mut subs = subs.flat_map(|topic| topic.subscriptions.values());
+        subs.any(|id| {
+            let sub = self.subscriptions.get(id);
+            sub.is_some_and(|sub| sub.reopened.contains(offset))
+        })
+    }
+
     /// Leaves a hole in a dead-letter topic: its own subscriptions have nothing to do there.
     fn withdraw(&mut self, dead: TopicId, offset: u64, out: &mut Vec<Effect>) {
         let Some(topic) = self.topics.get(&dead) else {
@@ -291,6 +316,14 @@ impl Queue {
         if offset < sub.floor {
             sub.reopened.insert(offset);
             self.pins.pin_body(letter.body);
+            if let Some(topic) = self.topics.get_mut(&letter.source)
+                && letter.body != (letter.source, letter.source_offset)
+                && topic.aliases.insert(offset, letter.body).is_none()
+            {
+                // Its own message was let go; the reference is needed once more.
+                self.pins.pin_body(letter.body);
+                self.dirty.mark(dirty::letters(letter.source, offset));
+            }
         } else {
             sub.done.remove(offset);
         }

@@ -414,8 +414,7 @@ impl Queue {
             self.finished.insert(topic);
         }
         for offset in first..end.min(before) {
-            let body = self.body_of(topic, millpond_protocol::Offset(offset));
-            self.pins.unpin_body(body);
+            self.close_reopened(topic, offset);
         }
     }
 }

@@ -373,8 +373,7 @@ impl Queue {
         let topic = sub.topic;
         for offset in reopened.iter() {
             self.dirty.mark(dirty::sets(id, offset));
-            let body = self.body_of(topic, Offset(offset));
-            self.pins.unpin_body(body);
+            self.close_reopened(topic, offset);
         }
     }
 
@@ -414,8 +413,7 @@ impl Queue {
         }
         self.dirty.mark(dirty::subscription(id, 0));
         for offset in reopened {
-            let body = self.body_of(topic, Offset(offset));
-            self.pins.unpin_body(body);
+            self.close_reopened(topic, offset);
         }
     }
 

@@ -187,16 +187,20 @@ impl Queue {
                 .head()
                 .map(|head| self.delay_heads.insert((head, id)));
         }
-        while let Some(entry) = topic.aliases.first_entry() {
-            if *entry.key() >= first {
-                break;
-            }
-            self.dirty.mark(dirty::letters(id, *entry.key()));
-            self.pins.unpin_body(entry.remove());
-        }
+        let aliases: Vec<_> = topic.aliases.range(..first).map(|(at, _)| *at).collect();
         let letters: Vec<_> = topic.letters.range(..first).map(|(at, _)| *at).collect();
         for letter in letters {
             self.remove_letter(id, letter);
+        }
+        for alias in aliases {
+            let is_needed = self.is_reopened(id, alias);
+            if let Some(topic) = self.topics.get_mut(&id)
+                && !is_needed
+                && let Some(body) = topic.aliases.remove(&alias)
+            {
+                self.pins.unpin_body(body);
+                self.dirty.mark(dirty::letters(id, alias));
+            }
         }
     }
 

@@ -331,3 +331,39 @@ fn a_damaged_body_is_filed_as_damaged() {
     rig.grant(1, 5);
     assert_eq!(rig.offsets(), [2]);
 }
+
+// DESIGN 4
+#[test]
+fn what_was_redriven_and_finished_leaves_nothing_behind() {
+    for target in [RedriveTarget::Subscription, RedriveTarget::Topic] {
+        let mut rig = Rig::new();
+        let (topic, sub) = two_dead(&mut rig);
+        redrive(&mut rig, DeadFilter::default(), None, target);
+        for got in rig.run() {
+            rig.ack(sub, 1, got.offset, got.delivery);
+        }
+        for offset in 0..rig.queue.topics[&topic].next {
+            assert!(
+                !rig.queue.is_live(topic, Offset(offset)),
+                "{offset} {target:?}"
+            );
+        }
+        // Once more by way of both.
+        rig.publish(topic, 1);
+        for (target, _) in [(RedriveTarget::Topic, 0), (RedriveTarget::Subscription, 1)] {
+            for got in rig.run() {
+                rig.settle(sub, 1, got.offset, got.delivery, reject());
+            }
+            redrive(&mut rig, DeadFilter::default(), None, target);
+        }
+        for got in rig.run() {
+            rig.ack(sub, 1, got.offset, got.delivery);
+        }
+        for offset in 0..rig.queue.topics[&topic].next {
+            assert!(
+                !rig.queue.is_live(topic, Offset(offset)),
+                "{offset} {target:?}"
+            );
+        }
+    }
+}

@@ -5,7 +5,9 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Duration;
 
+use bytes::Bytes;
 use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, OpenConsumer};
 use millpond_protocol::frame::{Frame, FrameType};
 use millpond_protocol::hot::{ConsumerCredit, Credit};
@@ -14,6 +16,7 @@ use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 
 use super::ahead::Ahead;
 use super::connection::Peer;
@@ -23,6 +26,9 @@ use super::producer::both;
 use super::{Context, Registered, control, random_u64};
 use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output};
+
+/// How long a frame may wait for its peer to read once others want its memory.
+const DEPARTURE: Duration = Duration::from_secs(2);
 
 /// Runs one delivery stream to its end.
 pub async fn run<S: Storage>(
@@ -206,6 +212,25 @@ impl<S: Storage> Sender<'_, S> {
             .await
     }
 
+    /// Writes a frame. While others wait for memory, a peer that gave credit may not keep it by not
+    /// reading; its stream cannot carry a reason in the middle of a frame, so the code must do.
+    async fn write_in_time(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
+        {
+            let writing = self.writer.write_pieces(pieces);
+            tokio::pin!(writing);
+            loop {
+                match timeout(DEPARTURE, &mut writing).await {
+                    Ok(written) => return written,
+                    Err(_) if !self.context.memory.is_wanted(&self.peer.share) => {}
+                    Err(_) => break,
+                }
+            }
+        }
+        self.writer.reset(ErrorCode::Memory);
+        let text = "it did not read in time while others waited for memory";
+        Err(StreamError::Gone(text.to_owned()))
+    }
+
     /// Reads and sends one frame's worth of what is pending.
     async fn send_some(&mut self) -> Result<(), StreamError> {
         let room = self.room();
@@ -221,7 +246,7 @@ impl<S: Storage> Sender<'_, S> {
         if let Some(mut frame) = frame {
             self.sent.max_bytes += frame.bytes;
             self.context.metrics.sent(frame.messages, frame.bytes);
-            self.writer.write_pieces(&mut frame.pieces).await?;
+            self.write_in_time(&mut frame.pieces).await?;
             let (session, messages, bytes) = (self.session, frame.messages, frame.bytes);
             self.context
                 .shard

@@ -140,6 +140,12 @@ impl FrameWriter {
         }
     }
 
+    /// Breaks the stream off, perhaps in the middle of a frame.
+    pub fn reset(&mut self, error: ErrorCode) {
+        // A stream that is gone needs no end.
+        let _ = self.stream.reset(code(error));
+    }
+
     /// Ends the stream cleanly.
     pub fn finish(mut self) {
         // A stream that is gone needs no end.

@@ -42,6 +42,35 @@ async fn a_consumer_that_never_reads_slows_nobody_down() {
 }
 
 #[tokio::test]
+async fn a_crowd_that_never_reads_keeps_no_memory_from_others() {
+    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
+    let mut good = subscribe(&client, "good", quick_retries(1, 3)).await;
+    publish_and_take(&client, &mut good, 20, 32 << 10).await;
+    let peer = Peer::new(&broker).window(4_096);
+    let (mut raws, mut deaf) = (Vec::new(), Vec::new());
+    // 300 frames of 256 KiB are more than the budget.
+    for n in 0..5 {
+        let raw = peer.welcomed(&broker).await;
+        for m in 0..60 {
+            let (mut wire, _) = raw.consumer(&format!("deaf-{n}-{m}")).await;
+            let credit = Credit {
+                max_messages: u64::MAX,
+                max_bytes: u64::MAX,
+            };
+            wire.bytes(&ConsumerCredit { credit, begun: 0 }.encode())
+                .await;
+            deaf.push(wire);
+        }
+        raws.push(raw);
+    }
+    let slowest = publish_and_take(&client, &mut good, 20, 1_000).await;
+    assert!(slowest < 2 * BOUNDED, "a message took {slowest:?}");
+    still_serves(&client).await;
+    drop(deaf);
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn frames_that_are_announced_and_never_sent_keep_their_memory_only_while_nobody_waits() {
     let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
     let mut good = subscribe(&client, "good", quick_retries(1, 3)).await;

@@ -9,6 +9,7 @@ mod consumed;
 mod published;
 mod tests;
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::history::{Event, History};
@@ -52,10 +53,19 @@ impl fmt::Display for Violation {
     }
 }
 
-/// Collects violations.
+/// What is known to be wrong and not mended yet: counted, so that it hides nothing else.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Known {
+    /// A message that all subscriptions had finished, and whose segment was cleaned, is shown again
+    /// without its body: to a subscription that seeks back, or is made, below the topic's last offset.
+    LetGo,
+}
+
+/// What is wrong with a history.
 #[derive(Debug, Default)]
 pub struct Verdict {
     pub violations: Vec<Violation>,
+    pub known: BTreeSet<Known>,
 }
 
 impl Verdict {
@@ -66,6 +76,10 @@ impl Verdict {
         }
     }
 
+    fn known(&mut self, known: Known) {
+        self.known.insert(known);
+    }
+
     fn check(&mut self, holds: bool, invariant: Invariant, what: impl FnOnce() -> String) {
         if !holds {
             self.broken(invariant, what);
@@ -73,8 +87,8 @@ impl Verdict {
     }
 }
 
-/// All that is wrong with a history; empty if nothing is.
-pub fn judge(history: &History) -> Vec<Violation> {
+/// All that is wrong with a history.
+pub fn judge(history: &History) -> Verdict {
     let mut verdict = Verdict::default();
     let mut published = Published::new(history);
     let mut consumed = Consumed::new(history);
@@ -100,5 +114,5 @@ pub fn judge(history: &History) -> Vec<Violation> {
             consumed.end(end, &published, &mut verdict);
         }
     }
-    verdict.violations
+    verdict
 }

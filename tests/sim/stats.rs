@@ -30,6 +30,8 @@ macro_rules! stats {
 
 stats! {
     histories,
+    /// Histories with something wrong that is known.
+    known,
     events,
     rounds,
     commits,

@@ -6,7 +6,7 @@
 //! `Plan::chaos_us`; then the faults stop and everything has to come to rest.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt::Write;
+use std::fmt::{self, Write};
 use std::sync::{Arc, Mutex};
 
 use millpond_broker::clock::ManualClock;
@@ -89,6 +89,28 @@ pub struct World {
 pub enum Message {
     Input(Box<Input<()>>, Note),
     Done(bool, Done<Disk>),
+}
+
+/// Why a round did not come to its end.
+#[derive(Debug)]
+enum Death {
+    Fatal(Fatal),
+    Power,
+}
+
+impl From<Fatal> for Death {
+    fn from(fatal: Fatal) -> Self {
+        Self::Fatal(fatal)
+    }
+}
+
+impl fmt::Display for Death {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fatal(fatal) => fatal.fmt(f),
+            Self::Power => f.write_str("the power is gone"),
+        }
+    }
 }
 
 enum Client {
@@ -389,14 +411,14 @@ impl World {
                 self.shard = Some(shard);
                 self.stats.rounds += 1;
             }
-            Err(fatal) => {
+            Err(death) => {
                 drop(shard);
-                self.died(&fatal);
+                self.died(&death);
             }
         }
     }
 
-    fn try_round(&mut self, shard: &mut SimShard) -> Result<(), Fatal> {
+    fn try_round(&mut self, shard: &mut SimShard) -> Result<(), Death> {
         while let Some(message) = self.inbox.pop_front() {
             match message {
                 Message::Input(input, note) => {
@@ -415,6 +437,7 @@ impl World {
             }
         }
         shard.commit_if_due(&mut self.out)?;
+        self.is_powered()?;
         // Taken in at the beginning of the round, applied by now.
         for admin in std::mem::take(&mut self.upsets) {
             self.note(Event::Admin(admin));
@@ -423,8 +446,10 @@ impl World {
         self.show_beginnings(shard);
         shard.dispatch(&mut self.out);
         shard.upkeep(&mut self.out)?;
+        self.is_powered()?;
         self.flush(shard);
         shard.vouch_if_due()?;
+        self.is_powered()?;
         if self.rng.percent(5) {
             self.show_floors(shard);
         }
@@ -528,13 +553,20 @@ impl World {
         });
     }
 
-    /// The shard says that it cannot go on.
-    fn died(&mut self, fatal: &Fatal) {
+    /// Some failures are none of the log's business, but without power nothing goes on.
+    fn is_powered(&self) -> Result<(), Death> {
+        match self.disk.is_off() {
+            true => Err(Death::Power),
+            false => Ok(()),
+        }
+    }
+
+    fn died(&mut self, death: &Death) {
         let seen = self.disk.seen();
-        self.tell(|| format!("died: {fatal}; {}", seen.last_failure));
+        self.tell(|| format!("died: {death}; {}", seen.last_failure));
         assert!(
             seen.failed_calls > 0,
-            "the shard died although the disk did nothing wrong: {fatal}"
+            "the shard died although the disk did nothing wrong: {death}"
         );
         self.stop();
     }

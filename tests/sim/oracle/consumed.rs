@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use millpond_protocol::control::DeadReason;
 
 use super::Invariant::{I1, I4, I5, I6, I7};
-use super::Verdict;
 use super::published::Published;
+use super::{Known, Verdict};
 use crate::history::{
     Admin, Delivery, End, Event, History, How, LetterSeen, Settling, SubEnd, SubNo, SubRules,
+    TopicNo,
 };
 
 #[derive(Debug)]
@@ -24,6 +25,9 @@ pub struct Consumed {
 #[derive(Debug)]
 struct Sub {
     rules: SubRules,
+    /// Messages of its topic go when others have finished them, and it may come or look back later.
+    may_be_let_go: bool,
+    keeps_all: bool,
     messages: BTreeMap<u64, Message>,
     /// The last seek, redrive or purge that may have changed what is known.
     upset: Option<usize>,
@@ -105,6 +109,8 @@ impl Consumed {
     pub fn new(history: &History) -> Self {
         let subs = history.subs.iter().map(|rules| Sub {
             rules: rules.clone(),
+            may_be_let_go: !history.topics[rules.topic].keeps_all && shared(history, rules.topic),
+            keeps_all: history.topics[rules.topic].keeps_all,
             messages: BTreeMap::new(),
             upset: None,
             was_sought: false,
@@ -223,9 +229,13 @@ impl Consumed {
     fn delivered(&mut self, now: usize, delivery: Delivery, verdict: &mut Verdict) {
         let process = self.process;
         let sub = &mut self.subs[delivery.sub];
-        verdict.check(delivery.digest.is_some(), I1, || {
-            format!("event {now}: delivered without a body: {delivery:?}")
-        });
+        if delivery.digest.is_none() && sub.may_be_let_go {
+            verdict.known(Known::LetGo);
+        } else {
+            verdict.check(delivery.digest.is_some(), I1, || {
+                format!("event {now}: delivered without a body: {delivery:?}")
+            });
+        }
         if sub.rules.is_stream {
             sub.read(now, delivery, verdict);
         } else {
@@ -253,6 +263,7 @@ impl Sub {
         match admin {
             Admin::Seek { .. } => {
                 self.was_sought = true;
+                self.may_be_let_go = !self.keeps_all;
                 self.floor = 0;
                 self.reading = None;
             }
@@ -543,4 +554,9 @@ impl Sub {
             }
         }
     }
+}
+
+/// Whether a topic has several subscriptions.
+fn shared(history: &History, topic: TopicNo) -> bool {
+    history.subs.iter().filter(|sub| sub.topic == topic).count() > 1
 }

@@ -69,7 +69,8 @@ impl Published {
             Event::SendTaken { messages, at } => {
                 for sent in messages {
                     if let Some(message) = self.messages.get_mut(&sent.digest) {
-                        message.taken.get_or_insert(*at);
+                        // Stamps that never became durable may be given again, and lower.
+                        message.taken = Some(message.taken.map_or(*at, |taken| taken.min(*at)));
                     }
                 }
             }

@@ -301,6 +301,12 @@ impl Queue {
             return;
         };
         if !sub.is_queue() || sub.dead_topic.is_none() {
+            // Dead in place would be no way to make room: letters go for good here.
+            if sub.is_queue() && sub.floor < first {
+                let done = sub.done.count_between(sub.floor, first);
+                let dead = first - sub.floor - done;
+                *self.counters.dead.entry(DeadReason::Expired).or_default() += dead;
+            }
             self.drop_below(id, first, LostReason::Expired, out);
             return;
         }

@@ -3,17 +3,20 @@
 //! Owns simulated time and everything that happens in it: packets that arrive, rounds of the shard,
 //! jobs that finish, crashes, starts. A round does what the shard thread of the broker does, in the
 //! same order, so that an answer leaves only where it leaves there. While things go wrong for
-//! `Plan::chaos_us`; then the faults stop and everything has to come to rest.
+//! `Plan::chaos_us`; then the faults stop and everything has to come to rest. Crashes and starts are in
+//! `crash.rs`.
+
+mod crash;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::fmt::{self, Write};
+use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
 use millpond_broker::clock::ManualClock;
 use millpond_broker::shard::io::{Input, StreamId};
-use millpond_broker::shard::{Done, Fatal, Job, Outbox, Shard};
-use millpond_wal::sim::{Call, Failure, Fault};
+use millpond_broker::shard::{Done, Job, Outbox};
 
+use self::crash::Death;
 use crate::admin::Admin;
 use crate::client::{Act, Hands};
 use crate::consumer::Consumer;
@@ -34,8 +37,6 @@ const WALL_US: u64 = 1_767_225_600_000_000;
 const REST_US: u64 = 180_000_000;
 /// Most events of one world; more means that it turns in circles.
 const EVENTS_MAX: u64 = 400_000;
-/// Most crashes in a row while starting.
-const CRASHES_DEEP: u64 = 3;
 
 /// How a world is run.
 #[derive(Clone, Debug, Default)]
@@ -88,29 +89,7 @@ pub struct World {
 /// For the shard.
 pub enum Message {
     Input(Box<Input<()>>, Note),
-    Done(bool, Done<Disk>),
-}
-
-/// Why a round did not come to its end.
-#[derive(Debug)]
-enum Death {
-    Fatal(Fatal),
-    Power,
-}
-
-impl From<Fatal> for Death {
-    fn from(fatal: Fatal) -> Self {
-        Self::Fatal(fatal)
-    }
-}
-
-impl fmt::Display for Death {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fatal(fatal) => fatal.fmt(f),
-            Self::Power => f.write_str("the power is gone"),
-        }
-    }
+    Done(bool, Box<Done<Disk>>),
 }
 
 enum Client {
@@ -307,7 +286,7 @@ impl World {
             }
             Happening::JobDone(process, failed, done) if process == self.process => {
                 self.stats.count_job(&done);
-                self.inbox.push_back(Message::Done(failed, done));
+                self.inbox.push_back(Message::Done(failed, Box::new(done)));
                 self.wake();
             }
             Happening::JobRuns(..) | Happening::JobDone(..) => {}
@@ -429,7 +408,7 @@ impl World {
                     if failed {
                         self.disk.set_unknown();
                     }
-                    shard.job_done(done)?;
+                    shard.job_done(*done)?;
                 }
             }
             if shard.is_group_full() {
@@ -438,11 +417,11 @@ impl World {
         }
         shard.commit_if_due(&mut self.out)?;
         self.is_powered()?;
-        // Taken in at the beginning of the round, applied by now.
+        self.flush(shard);
+        // Applied by now; some answers were from before.
         for admin in std::mem::take(&mut self.upsets) {
             self.note(Event::Admin(admin));
         }
-        self.flush(shard);
         self.show_beginnings(shard);
         shard.dispatch(&mut self.out);
         shard.upkeep(&mut self.out)?;
@@ -496,204 +475,6 @@ impl World {
             if let Some(floor) = observe::floor(shard.queue(), &self.plan, sub) {
                 self.note(Event::Floor { sub, floor });
             }
-        }
-    }
-
-    fn plan_crash(&mut self) {
-        let every = self.plan.faults.crash_every_us;
-        let wait = self.rng.between(every / 4, every * 7 / 4);
-        self.after(wait, Happening::Crash(self.process));
-    }
-
-    fn plan_disk_error(&mut self) {
-        let every = self.plan.faults.disk_error_every_us;
-        let wait = self.rng.between(every / 2, every * 3 / 2);
-        self.after(wait, Happening::DiskError);
-    }
-
-    /// At once between two rounds, or in the middle of one of the next calls to the disk.
-    fn crash_soon(&mut self) {
-        if self.shard.is_none() {
-            return;
-        }
-        if self.rng.percent(20) {
-            self.tell(|| "crash now".to_owned());
-            self.shard = None;
-            self.stop();
-        } else {
-            let calls = match self.rng.percent(70) {
-                true => self.rng.below(8),
-                false => self.rng.below(80),
-            };
-            self.tell(|| format!("crash in {calls} calls"));
-            self.disk.lose_power_after(calls);
-        }
-    }
-
-    fn fail_a_call(&mut self) {
-        let call = *self.rng.pick(&[
-            Call::Write,
-            Call::WriteDurable,
-            Call::WriteDurable,
-            Call::Sync,
-            Call::SyncDir,
-            Call::Create,
-            Call::Rename,
-            Call::Preallocate,
-        ]);
-        let fault = *self
-            .rng
-            .pick(&[Fault::Io, Fault::Io, Fault::NoSpace, Fault::Short]);
-        let skip = self.rng.below(4);
-        self.tell(|| format!("plan {fault:?} at {call:?} after {skip}"));
-        self.disk.fail(Failure {
-            call: Some(call),
-            skip,
-            fault,
-        });
-    }
-
-    /// Some failures are none of the log's business, but without power nothing goes on.
-    fn is_powered(&self) -> Result<(), Death> {
-        match self.disk.is_off() {
-            true => Err(Death::Power),
-            false => Ok(()),
-        }
-    }
-
-    fn died(&mut self, death: &Death) {
-        let seen = self.disk.seen();
-        self.tell(|| format!("died: {death}; {}", seen.last_failure));
-        assert!(
-            seen.failed_calls > 0,
-            "the shard died although the disk did nothing wrong: {death}"
-        );
-        self.stop();
-    }
-
-    /// The process is gone: so are its inbox, its jobs and, soon, its connections.
-    fn stop(&mut self) {
-        self.note(Event::Stopped);
-        self.process += 1;
-        self.inbox.clear();
-        self.upsets.clear();
-        self.out = Outbox::default();
-        self.next_round = None;
-        let ids: Vec<_> = self.conns.keys().copied().collect();
-        for id in ids {
-            if let Some(conn) = self.conns.get_mut(&id) {
-                conn.broker_open = false;
-            }
-            let wait = self.rng.wait(self.plan.pace.network_us * 4);
-            self.after(wait, Happening::ClientNotices(id));
-        }
-        self.fall();
-        let wait = self.rng.wait(20_000);
-        self.after(wait, Happening::Start { deep: 0 });
-    }
-
-    /// What a crash does to the disk and the clocks.
-    fn fall(&mut self) {
-        let at_risk = self.disk.is_at_risk();
-        if self.rng.percent(self.plan.faults.power_percent) {
-            self.tell(|| "the power goes".to_owned());
-            self.stats.power_losses += 1;
-            self.stats.at_risk += u64::from(at_risk);
-            self.disk.lose_power();
-            self.clock.reboot();
-            if self.rng.percent(50) {
-                self.anchor = None;
-            }
-        } else {
-            self.tell(|| "the process dies".to_owned());
-            self.stats.process_deaths += 1;
-            self.disk.kill_process();
-        }
-        if self.rng.percent(self.plan.faults.wall_jump_percent) {
-            let hour = 3_600_000_000;
-            let wall = WALL_US + self.now - hour.min(self.now) + self.rng.below(2 * hour);
-            self.stats.wall_jumps += 1;
-            self.clock.set_wall_us(wall);
-        }
-    }
-
-    fn start(&mut self, deep: u64) {
-        if !self.is_calm
-            && deep < CRASHES_DEEP
-            && self.rng.percent(self.plan.faults.crash_again_percent)
-        {
-            let calls = self.rng.below(25);
-            self.tell(|| format!("crash in {calls} calls of starting"));
-            self.disk.lose_power_after(calls);
-        }
-        let opened = Shard::open(
-            self.disk.clone(),
-            self.clock.clone(),
-            self.anchor.as_deref(),
-            self.plan.log.clone(),
-        );
-        match opened {
-            Ok((mut shard, recovered)) => {
-                assert!(
-                    !recovered.damaged && !shard.gates().read_only,
-                    "damage although no byte was damaged: {:?}",
-                    recovered.report
-                );
-                self.anchor = Some(shard.anchor().to_vec());
-                self.stats.recovered(&recovered, deep);
-                self.tell(|| format!("started: {recovered:?}"));
-                self.started(&mut shard);
-                self.shard = Some(shard);
-                self.wake();
-            }
-            Err(error) => {
-                let seen = self.disk.seen();
-                self.tell(|| format!("not started: {error:?}; {}", seen.last_failure));
-                assert!(
-                    seen.failed_calls > 0,
-                    "the shard does not open although the disk did nothing wrong: {error:?}"
-                );
-                self.fall();
-                let wait = self.rng.wait(20_000);
-                self.after(wait, Happening::Start { deep: deep + 1 });
-            }
-        }
-    }
-
-    fn started(&mut self, shard: &mut SimShard) {
-        let mut topics = Vec::new();
-        for no in 0..self.plan.topics.len() {
-            if let Some(seen) = observe::topic(shard, &self.plan, no, self.seen_until[no]) {
-                self.seen_until[no] = seen.next;
-                topics.push(seen);
-            }
-        }
-        let at = shard.now().0;
-        self.note(Event::Started { at, topics });
-        self.show_beginnings(shard);
-        self.show_floors(shard);
-    }
-
-    /// The faults stop. The process is stopped cleanly or killed once more, so that no planned
-    /// failure is left.
-    fn calm_down(&mut self) {
-        self.is_calm = true;
-        self.tell(|| "calm".to_owned());
-        if let Some(mut shard) = self.shard.take() {
-            if self.rng.percent(50) {
-                self.flush(&mut shard);
-                let mut out = Outbox::default();
-                match shard.close(&mut out) {
-                    Ok(anchor) => {
-                        self.anchor = Some(anchor.to_vec());
-                        self.stats.clean_stops += 1;
-                    }
-                    Err(fatal) => self.tell(|| format!("not closed: {fatal}")),
-                }
-            }
-            self.stop();
-        } else {
-            self.disk.kill_process();
         }
     }
 

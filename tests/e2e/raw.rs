@@ -193,17 +193,37 @@ impl Wire {
 
     /// The next frame; `None` at the end of the stream.
     pub async fn next(&mut self) -> Option<Frame> {
-        timeout(PATIENCE, async {
-            loop {
-                if let Some(frame) = frame::decode(&mut self.buffer).unwrap() {
-                    return Some(frame);
+        let reading = read(&mut self.recv, &mut self.buffer);
+        let frame = timeout(PATIENCE, reading).await;
+        frame.expect("the broker says something in time")
+    }
+
+    /// Writes frame after frame, without waiting for any answer, until the broker ends the stream.
+    pub async fn flood(&mut self, frames: impl Iterator<Item = Bytes>) -> WireError {
+        let flooding = async {
+            for frame in frames {
+                if self.send.write_all(&frame).await.is_err() {
+                    break;
                 }
-                let chunk = self.recv.read_chunk(usize::MAX, true).await.ok()??;
-                self.buffer.put_slice(&chunk.bytes);
             }
-        })
-        .await
-        .expect("the broker says something in time")
+            std::future::pending().await
+        };
+        let refused = async {
+            loop {
+                let frame = read(&mut self.recv, &mut self.buffer).await;
+                let frame = frame.expect("it is told why the stream ends");
+                if frame.kind == FrameType::Error {
+                    return frame.decode().unwrap();
+                }
+            }
+        };
+        let ended = timeout(PATIENCE, async {
+            tokio::select! {
+                refused = refused => refused,
+                never = flooding => never,
+            }
+        });
+        ended.await.expect("the broker ends it in time")
     }
 
     /// The next frame of this type; those before it are left out.
@@ -236,6 +256,16 @@ impl Wire {
                 return frame.decode().unwrap();
             }
         }
+    }
+}
+
+async fn read(recv: &mut RecvStream, buffer: &mut BytesMut) -> Option<Frame> {
+    loop {
+        if let Some(frame) = frame::decode(buffer).unwrap() {
+            return Some(frame);
+        }
+        let chunk = recv.read_chunk(usize::MAX, true).await.ok()??;
+        buffer.put_slice(&chunk.bytes);
     }
 }
 

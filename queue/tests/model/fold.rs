@@ -378,9 +378,12 @@ impl Model {
         if on_limit == OnLimit::RefusePublish {
             return;
         }
-        let topic = &self.topics[&id];
-        // What was redriven goes only if something else has to.
-        if (topic.first..end).all(|offset| !self.is_unread(id, offset)) {
+        // What was redriven below the floor goes only if something above it has to.
+        let needs = |id: &SubscriptionId| match &self.subs[id] {
+            sub if sub.is_queue() => sub.floor < end,
+            sub => sub.committed < end,
+        };
+        if !self.subs_of(id).iter().any(needs) {
             return;
         }
         for offset in 0..end {
@@ -394,7 +397,8 @@ impl Model {
                             && !self.is_letter_new(sub, offset, to))
                 });
                 if !stays {
-                    if on_limit == OnLimit::DeadLetter {
+                    let has_dead_topic = !self.subs[&sub].dead_topic.is_empty();
+                    if on_limit == OnLimit::DeadLetter && has_dead_topic {
                         self.revoke(sub, offset, Ending::Revoked);
                         self.die(sub, offset, vec![DeadReason::Expired], to);
                     } else {

@@ -423,13 +423,12 @@ impl Model {
         })
     }
 
+    /// Leases of a subscription: applied ones, and proposed ones that no seek has overtaken.
     pub fn in_flight(&self, sub: &Sub) -> (u64, u64) {
         let leased = sub.count(|item| item.lease().is_some());
-        let next = sub.items.len() as u64;
-        let proposed = (0..next)
-            .filter(|offset| self.is_proposed(sub.id, *offset))
-            .count();
-        (leased, proposed as u64)
+        let proposed = self.proposed_of(sub.id).into_iter();
+        let stand = proposed.filter(|lease| !self.overtaken.contains(&(sub.id, *lease)));
+        (leased, stand.count() as u64)
     }
 
     /// Failures after which this message is dead.

@@ -21,6 +21,7 @@ use crate::queue::{At, Queue, Work};
 use crate::record::{FailureKind, LeaseRange, OffsetRun, Story};
 use crate::state::dirty;
 use crate::state::lease::LeaseRun;
+use crate::state::redrive::Pace;
 use crate::state::session::{Live, Session};
 
 impl Queue {
@@ -56,8 +57,15 @@ impl Queue {
             self.work.timers.arm(Timer::Topic(topic.id), at.stamp);
         }
         for (key, job) in &mut self.jobs.all {
-            job.pace = Default::default();
-            self.work.timers.arm(Timer::Job(*key), at.stamp);
+            // When the last step was is forgotten: the next one waits as if it had been now.
+            let gap_ms = job
+                .rate_per_s
+                .map_or(0, |rate| (1_000 / u64::from(rate)).max(100));
+            job.pace = Pace {
+                not_before: at.stamp.plus_ms(gap_ms),
+                proposed: false,
+            };
+            self.work.timers.arm(Timer::Job(*key), job.pace.not_before);
         }
         self.work.timers.arm(Timer::Producers, at.stamp);
         Outcome::Done

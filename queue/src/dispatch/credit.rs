@@ -229,10 +229,22 @@ impl Queue {
         let Some(sub) = self.subscriptions.get_mut(&session.subscription) else {
             return;
         };
+        if session.live.early.is_empty() {
+            return;
+        }
         let is_last = session.live.proposed == 0;
-        let leases = &mut sub.leases;
-        let waits = |clock: &Clock| mark(leases, id, *clock, Mark::First) == 0 && !is_last;
-        session.live.early.retain(waits);
+        let mut found = Vec::new();
+        session.live.early.retain(|clock| {
+            let is_found = mark(&mut sub.leases, id, *clock, Mark::First) > 0;
+            found.extend(is_found.then_some(*clock));
+            !is_found && !is_last
+        });
+        session.live.clocks.extend(found);
+        let clocks = session.live.clocks.make_contiguous();
+        clocks.sort_by_key(|clock| clock.at);
+        let config = &sub.config;
+        let next = session.next_deadline(config.processing_timeout_ms, config.hold_max_ms);
+        self.work.timers.arm(Timer::Session(id), next);
     }
 }
 
@@ -264,8 +276,9 @@ fn begin(session: &mut Session, leases: &mut Leases, upto: u64, now: Stamp) {
         let found = mark(leases, session.id, clock, Mark::First);
         if found == 0 && session.live.proposed > 0 {
             session.live.early.push(clock);
+        } else {
+            add_clock(session, clock);
         }
-        add_clock(session, clock);
     }
     drop_old_clocks(session, leases);
 }

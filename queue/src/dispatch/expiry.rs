@@ -236,6 +236,12 @@ impl Queue {
         while let Some(sent) = session.live.sent.front().copied()
             && sent.at.plus_ms(hold) <= now
         {
+            if sub.hand.proposed_until(sent.first).is_some() {
+                // Its lease has not been applied: it is looked at again.
+                let front = session.live.sent.front_mut();
+                front.into_iter().for_each(|sent| sent.at = now);
+                break;
+            }
             session.live.sent.pop_front();
             let clock = Clock {
                 at: sent.at,

@@ -184,10 +184,30 @@ impl Queue {
                 self.work.timers.arm(Timer::Session(*session), at.stamp);
             }
         }
+        self.sort_last_attempts(id);
         self.dirty.mark(dirty::subscription(id, 0));
         self.work.timers.arm(Timer::Subscription(id), at.stamp);
         self.wake(id);
         Outcome::Done
+    }
+
+    /// Which attempts are last ones, to be delivered alone, follows from the policy.
+    fn sort_last_attempts(&mut self, id: SubscriptionId) {
+        let Some(sub) = self.subscriptions.get(&id) else {
+            return;
+        };
+        let lost = sub.retries.iter().filter(|(_, retry)| retry.lost);
+        let lost: Vec<_> = lost
+            .map(|(offset, retry)| (offset, self.max_attempts(sub, offset, retry)))
+            .collect();
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return;
+        };
+        for (offset, max_attempts) in lost {
+            if let Some(retry) = sub.retries.take(offset) {
+                sub.retries.put(offset, retry, max_attempts);
+            }
+        }
     }
 
     /// Pause and resume stop and start hand-outs and charge nothing.

@@ -31,6 +31,8 @@ mod settle;
 mod state;
 #[path = "model/subscriptions.rs"]
 mod subscriptions;
+#[path = "model/told.rs"]
+mod told;
 #[path = "model/world.rs"]
 mod world;
 

@@ -402,6 +402,9 @@ impl Model {
                         self.revoke(sub, offset, Ending::Revoked);
                         self.die(sub, offset, vec![DeadReason::Expired], to);
                     } else {
+                        // Nothing can be filed, but it counts.
+                        let counts = on_limit == OnLimit::DeadLetter && self.subs[&sub].is_queue();
+                        self.counts.dead += u64::from(counts);
                         self.vanish(sub, offset);
                     }
                 }

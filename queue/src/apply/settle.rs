@@ -456,7 +456,7 @@ impl Retry {
     ) {
         self.failures += 1;
         self.suspect = false;
-        self.lost |= kind == FailureKind::SessionLost;
+        self.lost = kind == FailureKind::SessionLost;
         self.place = Some(at.place);
         self.first_attempt_at
             .get_or_insert(begun_at.unwrap_or(at.stamp));

@@ -32,7 +32,7 @@ pub struct Retry {
     pub earlier: VecDeque<(u32, SessionId)>,
     /// Begun beside others in a session that was lost: to be delivered alone.
     pub suspect: bool,
-    /// Charged with the loss of a session: its last attempt is to be delivered alone.
+    /// Its last failure was the loss of a session: if one attempt is left, it is delivered alone.
     pub lost: bool,
     /// When it may be handed out again; `None`: it is leased.
     pub due: Option<Stamp>,

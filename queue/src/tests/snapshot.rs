@@ -159,3 +159,25 @@ proptest! {
         prop_assert!(differing.is_empty(), "chunks {:#018x?}", differing);
     }
 }
+
+#[test]
+fn the_first_snapshot_after_a_restore_takes_away_what_is_gone() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 10_000);
+    rig.consumer(sub, 1, 10_000);
+    rig.run();
+    rig.acks(sub, 1, &[(5_000, 1, 5_000)]);
+    let mut held: BTreeMap<u64, Bytes> = rig.queue.snapshot().dirty.into_iter().collect();
+    rig.queue = Queue::restore(Options::default(), held.clone().into_iter()).unwrap();
+    rig.acks(sub, 1, &[(0, 1, 5_000)]);
+    let delta = rig.queue.snapshot();
+    held.extend(delta.dirty);
+    for id in &delta.removed {
+        held.remove(id);
+    }
+    let again = Queue::restore(Options::default(), held.into_iter()).unwrap();
+    again.check_invariants();
+    assert_eq!(again.subscription_view(sub, rig.now).unwrap().backlog, 0);
+}

@@ -38,6 +38,8 @@ impl Queue {
             queue.read_chunk(*id, bytes)?;
         }
         queue.derive()?;
+        // The next snapshot builds on this one: it must take away what is gone since.
+        queue.dirty.known = Some(chunks.keys().copied().collect());
         Ok(queue)
     }
 

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use millpond_protocol::message::MessageView;
 use millpond_protocol::{Offset, Stamp, TopicId};
 use millpond_queue::PUBLISH_FIXED_BYTES;
@@ -366,17 +366,10 @@ fn cost(messages: &Bytes) -> usize {
     messages.len().max(RUN_BYTES_MIN)
 }
 
-/// Copies runs' messages behind one another.
-pub fn concat(runs: &[Run]) -> Bytes {
-    let mut out = BytesMut::with_capacity(runs.iter().map(|run| run.messages.len()).sum());
-    runs.iter()
-        .for_each(|run| out.extend_from_slice(&run.messages));
-    out.freeze()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::BytesMut;
     use millpond_protocol::{LogIndex, Message, Sequence};
 
     fn fresh(base: u64, payloads: &[&str]) -> Fresh {

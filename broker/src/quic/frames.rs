@@ -146,6 +146,15 @@ impl FrameWriter {
         let _ = self.stream.reset(code(error));
     }
 
+    /// Ends the stream as its session ended: cleanly, with a reason, or, if it is gone, not at all.
+    pub async fn conclude(self, result: Result<(), StreamError>, what: &'static str) {
+        match result {
+            Ok(()) => self.finish(),
+            Err(StreamError::Refused(error)) => self.end(&error).await,
+            Err(error) => tracing::debug!(%error, "{what} stream ended"),
+        }
+    }
+
     /// Ends the stream cleanly.
     pub fn finish(mut self) {
         // A stream that is gone needs no end.

@@ -55,11 +55,7 @@ pub async fn run<S: Storage>(
     let id = registered.id;
     let result = session(&context, &peer, &mut writer, reader, first, registered).await;
     context.unregister(id).await;
-    match result {
-        Ok(()) => writer.finish(),
-        Err(StreamError::Refused(error)) => writer.end(&error).await,
-        Err(error) => tracing::debug!(client = peer.client_name, %error, "producer stream ended"),
-    }
+    writer.conclude(result, "producer").await;
 }
 
 struct Handle {

@@ -32,11 +32,7 @@ pub async fn run<S: Storage>(
     let id = registered.id;
     let result = session(&context, &mut writer, reader, first, registered).await;
     context.unregister(id).await;
-    match result {
-        Ok(()) => writer.finish(),
-        Err(StreamError::Refused(error)) => writer.end(&error).await,
-        Err(error) => tracing::debug!(%error, "settlement stream ended"),
-    }
+    writer.conclude(result, "settlement").await;
 }
 
 async fn session<S: Storage>(

@@ -39,6 +39,13 @@ pub struct Link {
     pub users: TaskTracker,
 }
 
+impl Link {
+    /// True if nothing more should be begun on it.
+    pub fn is_over(&self) -> bool {
+        self.connection.close_reason().is_some() || self.leaving.is_cancelled()
+    }
+}
+
 /// Makes connections to one broker.
 pub struct Dialer {
     address: Address,

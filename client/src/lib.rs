@@ -41,6 +41,7 @@ mod error;
 mod io;
 pub mod limits;
 mod producer;
+mod reopening;
 mod supervisor;
 mod tls;
 

@@ -21,7 +21,8 @@ use crate::client::Inner;
 use crate::connection::Link;
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
-use crate::limits::{RECONNECT_MAX, STREAM_RETRIES_MAX};
+use crate::limits::RECONNECT_MAX;
+use crate::reopening::{Reopening, StreamFate};
 use crate::supervisor::Shared;
 
 /// What a consumer asks for when it opens.
@@ -79,7 +80,13 @@ pub async fn open(
             }
         };
         let wait = match &end {
-            StreamEnd::Lost => backoff.next(random()),
+            StreamEnd::Lost => {
+                if link.is_over() {
+                    // Whatever it was, the next connection has no part in it.
+                    backoff = Backoff::default();
+                }
+                backoff.next(random())
+            }
             StreamEnd::Refused(wire) if wire.code.class() == ErrorClass::Retriable => {
                 retry_after(wire.retry_after_ms)
             }
@@ -139,22 +146,20 @@ pub async fn run(inner: Arc<Inner>, session: Arc<Session>, identity: Identity, f
 /// Serves streams after streams; the error with which the session ends (`Closed` after a clean end).
 async fn serve(shared: &Shared, session: &Session, identity: &Identity, first: Streams) -> Error {
     let mut streams = first;
-    let mut backoff = Backoff::default();
+    let mut reopening = Reopening::default();
     loop {
-        let started = Instant::now();
+        let (link, started) = (Arc::clone(&streams.link), Instant::now());
         match serve_streams(session, streams).await {
             Ok(Ended::Finished) => return Error::Closed,
             Ok(Ended::Again) => {}
             Err(error) => return error,
         }
         session.stream_lost();
-        if started.elapsed() > RECONNECT_MAX {
-            backoff = Backoff::default();
-        } else if shared.is_connected() && backoff.attempts() >= STREAM_RETRIES_MAX {
-            return Error::Protocol("it ends this consumer's stream again and again".to_owned());
-        }
-        if backoff.attempts() > 0 || shared.is_connected() {
-            sleep(backoff.next(random())).await;
+        let fate = StreamFate::of(&link, started.elapsed() > RECONNECT_MAX);
+        drop(link);
+        match reopening.after(fate, random()) {
+            Ok(wait) => sleep(wait).await,
+            Err(error) => return error,
         }
         streams = match reopen(shared, session, identity).await {
             Ok(streams) => streams,

@@ -20,7 +20,8 @@ use crate::client::Inner;
 use crate::connection::Link;
 use crate::error::Error;
 use crate::io::{self, FrameReader, StreamEnd};
-use crate::limits::{FINISH_TIMEOUT, RECONNECT_MAX, STREAM_RETRIES_MAX};
+use crate::limits::{FINISH_TIMEOUT, RECONNECT_MAX};
+use crate::reopening::{Reopening, StreamFate};
 use crate::supervisor::Shared;
 
 /// An open producer stream.
@@ -90,7 +91,13 @@ pub async fn open(
             resume.epoch = resume.epoch.next();
         }
         let wait = match &end {
-            StreamEnd::Lost => backoff.next(random()),
+            StreamEnd::Lost => {
+                if link.is_over() {
+                    // Whatever it was, the next connection has no part in it.
+                    backoff = Backoff::default();
+                }
+                backoff.next(random())
+            }
             StreamEnd::Refused(wire) if wire.code.class() == ErrorClass::Retriable => {
                 retry_after(wire.retry_after_ms)
             }
@@ -119,8 +126,9 @@ pub async fn run(inner: Arc<Inner>, core: Arc<Core>, identity: Identity, first: 
 /// Serves stream after stream; the error with which the handle ends (`Closed` after a clean end).
 async fn serve(shared: &Shared, core: &Core, identity: &Identity, first: Stream) -> Error {
     let mut stream = first;
-    let mut backoff = Backoff::default();
+    let mut reopening = Reopening::default();
     loop {
+        let link = Arc::clone(&stream.link);
         let resume = ProducerResume {
             producer: stream.opened.producer,
             epoch: stream.opened.epoch,
@@ -133,13 +141,11 @@ async fn serve(shared: &Shared, core: &Core, identity: &Identity, first: Stream)
             Ended::Again => {}
         }
         core.lost();
-        if core.accepted() > accepted {
-            backoff = Backoff::default();
-        } else if shared.is_connected() && backoff.attempts() >= STREAM_RETRIES_MAX {
-            return Error::Protocol("it ends this producer's stream again and again".to_owned());
-        }
-        if backoff.attempts() > 0 || shared.is_connected() {
-            sleep(backoff.next(random())).await;
+        let fate = StreamFate::of(&link, core.accepted() > accepted);
+        drop(link);
+        match reopening.after(fate, random()) {
+            Ok(wait) => sleep(wait).await,
+            Err(error) => return error,
         }
         stream = match reopen(shared, core, identity, resume).await {
             Ok(stream) => stream,

@@ -31,12 +31,14 @@ pub enum Error {
     /// A sequence given by the user does not rise.
     #[error("sequence {given} does not rise above {last}, the last one used by this producer")]
     SequenceNotRising { last: Sequence, given: Sequence },
-    /// The consumer's session is over; what it held is delivered again.
+    /// The consumer was ended; what it held is delivered again.
     #[error("the consumer's session has ended; its messages are delivered again")]
     SessionEnded,
-    /// The lease is gone: the work may be done by another.
-    #[error("the lease was lost, the message is {}", state_text(*.state))]
-    LeaseLost { state: MessageState },
+    /// The lease is gone: the work may be done by another. Without a state, the session that held it
+    /// was lost before the broker answered, and the consumer goes on in a new one: the message is
+    /// delivered again, unless this settlement was the last thing that the broker heard.
+    #[error("the lease was lost, {}", state_text(*.state))]
+    LeaseLost { state: Option<MessageState> },
     /// The broker refused the request.
     #[error("{0}")]
     Rejected(WireError),
@@ -178,14 +180,15 @@ fn reason_text(reason: ErrorCode) -> &'static str {
     }
 }
 
-fn state_text(state: MessageState) -> &'static str {
+fn state_text(state: Option<MessageState>) -> &'static str {
     match state {
-        MessageState::Ready => "waiting for its next delivery",
-        MessageState::Leased => "leased to another delivery",
-        MessageState::Scheduled => "scheduled for a retry",
-        MessageState::Acked => "acknowledged already",
-        MessageState::Dead => "in the dead-letter topic",
-        MessageState::Gone => "no longer in the subscription",
+        None => "because its session was lost",
+        Some(MessageState::Ready) => "the message is waiting for its next delivery",
+        Some(MessageState::Leased) => "the message is leased to another delivery",
+        Some(MessageState::Scheduled) => "the message is scheduled for a retry",
+        Some(MessageState::Acked) => "the message is acknowledged already",
+        Some(MessageState::Dead) => "the message is in the dead-letter topic",
+        Some(MessageState::Gone) => "the message is no longer in the subscription",
     }
 }
 

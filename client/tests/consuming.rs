@@ -193,9 +193,55 @@ async fn a_refused_settlement_tells_the_state() {
         .write(FrameType::Settled, &refused)
         .await;
     let expected = Error::LeaseLost {
-        state: MessageState::Leased,
+        state: Some(MessageState::Leased),
     };
     assert_eq!(patient(acking).await.unwrap(), Err(expected));
+}
+
+#[tokio::test]
+async fn no_more_is_asked_for_than_will_be_taken_in_all() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let opening = client.subscribe("orders", "billing").at_most(3).open();
+    let first = opened(1, SubscriptionMode::Queue);
+    let (subscription, (_, mut deliveries, mut settlements)) =
+        tokio::join!(opening, connection.consumer(&first));
+    let mut subscription = subscription.unwrap();
+    credit(&mut deliveries, 3, 0).await;
+    deliveries.deliver(1, [1, 2]).await;
+    let taken = patient(subscription.next()).await.unwrap().unwrap();
+    credit(&mut deliveries, 3, 1).await;
+    let acking = tokio::spawn(taken.ack());
+    acks(&mut settlements).await;
+    settled(&mut settlements, 1).await;
+    assert_eq!(patient(acking).await.unwrap(), Ok(()));
+    connection.break_off();
+
+    // Offset 2 was buffered and is lost with the session: two are still to be taken.
+    let connection = broker.accept().await;
+    let other = opened(2, SubscriptionMode::Queue);
+    let (_, mut deliveries, mut settlements) = connection.consumer(&other).await;
+    credit(&mut deliveries, 2, 0).await;
+    deliveries.deliver(1, [2, 3]).await;
+    for offset in [2, 3] {
+        let taken = patient(subscription.next()).await.unwrap().unwrap();
+        assert_eq!(taken.offset(), Offset(offset));
+        let acking = tokio::spawn(taken.ack());
+        acks(&mut settlements).await;
+        settled(&mut settlements, offset - 1).await;
+        assert_eq!(patient(acking).await.unwrap(), Ok(()));
+    }
+    let closing = tokio::spawn(subscription.close());
+    settlements.read(FrameType::CloseSession).await;
+    settlements
+        .write_bytes(empty(FrameType::SessionClosed))
+        .await;
+    patient(closing).await.unwrap();
+    // Whatever was granted until the end, it was not more.
+    while let Some(frame) = deliveries.next().await {
+        let found = ConsumerCredit::decode(&frame.body).unwrap();
+        assert_eq!(found.credit.max_messages, 2, "{found:?}");
+    }
 }
 
 #[tokio::test]
@@ -306,11 +352,38 @@ async fn a_new_session_ends_the_rights_of_the_old_one() {
     let connection = broker.accept().await;
     let other = opened(2, SubscriptionMode::Queue);
     let (_, mut deliveries, _settlements) = connection.consumer(&other).await;
-    assert_eq!(patient(acked).await, Err(Error::SessionEnded));
-    assert_eq!(patient(held.ack()).await, Err(Error::SessionEnded));
+    let lost = Err(Error::LeaseLost { state: None });
+    assert_eq!(patient(acked).await, lost, "sent and not answered");
+    assert_eq!(held.lost(), Some(LostReason::LeaseExpired));
+    assert_eq!(patient(held.ack()).await, lost, "not sent");
     deliveries.deliver(2, [1]).await;
     let next = consumer.next().await;
     assert_eq!((next.offset(), next.delivery()), (Offset(1), 2));
+}
+
+#[tokio::test]
+async fn a_consumer_comes_back_at_once_however_often_its_connection_broke() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    connection.break_off();
+    let again = ConsumerOpened {
+        resumed: true,
+        ..opened(1, SubscriptionMode::Queue)
+    };
+    // Waits that doubled each time would add up to more than the test's patience.
+    let last = patient(async {
+        for _ in 0..BREAKS {
+            let connection = broker.accept().await;
+            let _streams = connection.consumer(&again).await;
+            connection.break_off();
+        }
+        broker.accept().await
+    })
+    .await;
+    let (_, mut deliveries, _settlements) = last.consumer(&again).await;
+    deliveries.deliver(1, [7]).await;
+    assert_eq!(consumer.next().await.offset(), Offset(7));
 }
 
 #[tokio::test]
@@ -550,3 +623,6 @@ async fn a_handler_that_outlives_the_drain_time_hands_its_message_back() {
         .await;
     assert_eq!(patient(running).await.unwrap().unwrap().released, 1);
 }
+
+/// Breaks of one connection, each sooner than `RECONNECT_MAX` after the one before.
+const BREAKS: usize = 24;

@@ -108,7 +108,7 @@ async fn a_late_ack_is_refused_once_another_has_the_message() {
         first = next(&mut other) => (first, next_of(&mut consumer, &mut other).await),
     };
     assert_eq!(newer.attempt(), 2);
-    let leased = MessageState::Leased;
+    let leased = Some(MessageState::Leased);
     assert_eq!(late.ack().await, Err(Error::LeaseLost { state: leased }));
     newer.ack().await.unwrap();
     assert_eq!(billing(&client).await.backlog, 0);

@@ -244,7 +244,7 @@ async fn a_seek_back_makes_settled_messages_ready_and_one_ahead_finishes_them() 
     let view = billing(&client).await;
     assert_eq!((view.backlog, view.floor), (0, Offset(5)));
     let late = delivery.nack(Nack::new("too late")).await;
-    let state = MessageState::Acked;
+    let state = Some(MessageState::Acked);
     assert_eq!(late, Err(Error::LeaseLost { state }), "it was revoked");
     publish(&client, &["new"]).await;
     assert_eq!(next(&mut consumer).await.offset(), Offset(5));

@@ -28,6 +28,7 @@ pub async fn run(
     let mut subscription = client
         .subscribe(&args.topic, &args.subscription)
         .prefetch(prefetch)
+        .at_most(pace.left)
         .open()
         .await?;
     let result = match &args.exec {

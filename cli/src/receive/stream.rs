@@ -1,6 +1,6 @@
 //! Receiving from a stream subscription: in order, and what has been printed is committed.
 
-use millpond_client::{Client, Error, StreamMessage};
+use millpond_client::{Client, Error, ErrorCode, StreamMessage};
 
 use super::seen::Seen;
 use super::{Ending, Pace, ReceiveArgs, Turn, stopped};
@@ -44,13 +44,24 @@ pub async fn run(
         }
         if ending != Ending::Release {
             let next = message.offset().next();
-            if let Err(error) = subscription.commit(next).await {
-                break Err(error.into());
+            match subscription.commit(next).await {
+                Ok(()) => {}
+                Err(error) if is_overtaken(&error) => output::note(format!(
+                    "warning: offset {} was handled but not committed: {error}; it comes again",
+                    message.offset()
+                )),
+                Err(error) => break Err(error.into()),
             }
         }
     };
     subscription.close().await;
     result
+}
+
+/// The session was lost, or another consumer has taken over: this one goes on, as active one or
+/// standing by, from what was committed last.
+fn is_overtaken(error: &Error) -> bool {
+    matches!(error, Error::LeaseLost { .. }) || error.code() == Some(ErrorCode::NotActive)
 }
 
 async fn handle(

@@ -136,7 +136,8 @@ impl Delivery {
     /// The work is done. Resolves when that is durable.
     ///
     /// # Errors
-    /// `LeaseLost` if the message has been handed to another meanwhile, `SessionEnded`.
+    /// `LeaseLost` if the message has been handed to another meanwhile, or if its session was lost;
+    /// `SessionEnded` if the consumer itself was ended.
     pub async fn ack(self) -> Result<(), Error> {
         self.ack_later().await
     }
@@ -208,7 +209,7 @@ impl Lease {
     }
 
     pub fn lost(&self) -> Option<LostReason> {
-        self.session.lost_reason(self.taken.lease)
+        self.session.lost_reason(self.taken)
     }
 
     pub fn extender(&self) -> Extender {
@@ -246,7 +247,7 @@ impl Extender {
     }
 
     pub fn lost(&self) -> Option<LostReason> {
-        self.session.lost_reason(self.taken.lease)
+        self.session.lost_reason(self.taken)
     }
 }
 

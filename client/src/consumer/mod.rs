@@ -45,6 +45,7 @@ impl SubscribeBuilder {
             prefetch: Prefetch {
                 messages: u64::from(PREFETCH_MESSAGES),
                 bytes: PREFETCH_BYTES,
+                in_all: u64::MAX,
             },
             create: None,
             consumer_name: None,
@@ -55,6 +56,13 @@ impl SubscribeBuilder {
     /// than that before settling waits for ever.
     pub fn prefetch(mut self, messages: u32) -> Self {
         self.prefetch.messages = u64::from(messages.max(1));
+        self
+    }
+
+    /// Most deliveries that are taken from the subscription in all; default any number. Once so many
+    /// have come, none is leased that nobody would take.
+    pub fn at_most(mut self, messages: u64) -> Self {
+        self.prefetch.in_all = messages;
         self
     }
 

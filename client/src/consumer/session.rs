@@ -3,7 +3,7 @@
 //! ```text
 //! received -> buffered -> taken by the user -> settled or dropped
 //!             \________ outstanding _________/
-//! granted = received + (prefetch - outstanding)
+//! granted = received + min(prefetch - outstanding, wanted in all - taken so far - buffered)
 //! ```
 //! so at most `prefetch` deliveries are outstanding, and a grant never shrinks. Counts of received
 //! and begun deliveries are the delivery stream's own and start at 0 with each.
@@ -32,6 +32,8 @@ use crate::limits::{DROPPED_DELAY_MS, LOST_LEASES_MAX, SETTLEMENTS_PENDING_MAX};
 pub struct Prefetch {
     pub messages: u64,
     pub bytes: u64,
+    /// Messages that the user will take in all.
+    pub in_all: u64,
 }
 
 /// One delivery on its way from the frame to the user.
@@ -103,8 +105,10 @@ struct State {
     granted: Credit,
     outstanding: u64,
     outstanding_bytes: u64,
-    /// What the user has, by its slot.
-    taken: Slab<LeaseName>,
+    /// Messages that the user has taken, over all sessions.
+    taken_in_all: u64,
+    /// What the user has, by its slot; some of it may be of earlier sessions.
+    taken: Slab<(SessionId, LeaseName)>,
     lost: BTreeMap<LeaseName, LostReason>,
     /// The broker is going away: nothing is handed out before the streams are open again.
     paused: bool,
@@ -147,6 +151,7 @@ impl Session {
                 granted: Credit::default(),
                 outstanding: 0,
                 outstanding_bytes: 0,
+                taken_in_all: 0,
                 taken: Slab::new(),
                 lost: BTreeMap::new(),
                 paused: false,
@@ -204,7 +209,9 @@ impl Session {
         let mut state = self.state.lock();
         state.taken.remove(taken.slot);
         state.forget(taken.bytes);
-        state.lost.remove(&lease);
+        if taken.session == state.resume.session {
+            state.lost.remove(&lease);
+        }
         let slot = state.settleable(taken.session).map(|()| match outcome {
             None => state.settle.ack(lease),
             Some(outcome) => state.settle.settle(lease, outcome),
@@ -248,8 +255,12 @@ impl Session {
     }
 
     /// Why a taken delivery's lease is over, if the broker has said so.
-    pub fn lost_reason(&self, lease: LeaseName) -> Option<LostReason> {
-        self.state.lock().lost.get(&lease).copied()
+    pub fn lost_reason(&self, taken: Taken) -> Option<LostReason> {
+        let state = self.state.lock();
+        if taken.session != state.resume.session {
+            return Some(LostReason::LeaseExpired);
+        }
+        state.lost.get(&taken.lease).copied()
     }
 
     pub fn commit(&self, next: Offset) -> Result<SettleSlot, Error> {
@@ -439,7 +450,7 @@ impl Session {
         state.lease_ms = opened.lease_ms;
         if !same {
             tracing::info!("the consumer's session has ended; a new one begins");
-            state.settle.fail(&Error::SessionEnded, &mut wakeups);
+            state.settle.fail(&SESSION_LOST, &mut wakeups);
             state.lost.clear();
         }
         match state.mode {
@@ -519,13 +530,14 @@ impl Session {
 
 impl State {
     fn begin(&mut self, held: &mut Held) {
+        self.taken_in_all += 1;
         if held.generation == self.generation {
             self.begun = self.begun.max(held.ordinal + 1);
         }
         if self.mode == SubscriptionMode::Stream {
             self.forget(held.bytes());
         } else {
-            held.slot = self.taken.insert(held.lease());
+            held.slot = self.taken.insert((held.session, held.lease()));
         }
     }
 
@@ -534,8 +546,11 @@ impl State {
     fn resumed(&mut self, leases: &[LeaseName]) {
         let mut unseen: BTreeSet<LeaseName> = leases.iter().copied().collect();
         self.retain(|held| unseen.remove(&held.lease()));
-        for (_, lease) in &self.taken {
-            if !unseen.remove(lease) && self.lost.len() < LOST_LEASES_MAX {
+        for (_, (session, lease)) in &self.taken {
+            if *session == self.resume.session
+                && !unseen.remove(lease)
+                && self.lost.len() < LOST_LEASES_MAX
+            {
                 self.lost.insert(*lease, LostReason::LeaseExpired);
             }
         }
@@ -580,7 +595,11 @@ impl State {
         if self.phase != Phase::Open || self.settle.pending() > SETTLEMENTS_PENDING_MAX {
             return;
         }
-        let messages = self.received + prefetch.messages.saturating_sub(self.outstanding);
+        let wanted = prefetch
+            .in_all
+            .saturating_sub(self.taken_in_all + self.buffer.len() as u64);
+        let room = prefetch.messages.saturating_sub(self.outstanding);
+        let messages = self.received + room.min(wanted);
         let bytes = self.received_bytes + prefetch.bytes.saturating_sub(self.outstanding_bytes);
         self.granted.max_messages = self.granted.max_messages.max(messages);
         self.granted.max_bytes = self.granted.max_bytes.max(bytes);
@@ -589,7 +608,8 @@ impl State {
     fn settleable(&self, session: SessionId) -> Result<(), Error> {
         match self.phase {
             Phase::Ended(_) => Err(Error::SessionEnded),
-            _ if session != self.resume.session || self.close_sent => Err(Error::SessionEnded),
+            _ if session != self.resume.session => Err(SESSION_LOST),
+            _ if self.close_sent => Err(Error::SessionEnded),
             _ => Ok(()),
         }
     }
@@ -677,3 +697,6 @@ impl Held {
         self.delivered.message.len() as u64
     }
 }
+
+/// What becomes of settlements whose session was lost while the consumer goes on in a new one.
+const SESSION_LOST: Error = Error::LeaseLost { state: None };

@@ -285,7 +285,7 @@ fn runs(leases: &[LeaseName]) -> Vec<AckRun> {
 
 fn why(code: ErrorCode, state: millpond_protocol::control::MessageState) -> Error {
     match code {
-        ErrorCode::LeaseLost => Error::LeaseLost { state },
+        ErrorCode::LeaseLost => Error::LeaseLost { state: Some(state) },
         other => millpond_protocol::WireError::new(
             other,
             format!("the settlement was refused: {other:?}; the message is {state:?}"),
@@ -346,7 +346,7 @@ mod tests {
         };
         queue.settled(&settled, &mut Wakeups::default()).unwrap();
         let lost = Error::LeaseLost {
-            state: MessageState::Acked,
+            state: Some(MessageState::Acked),
         };
         assert_eq!(now(&slots[1]), Some(Ok(())));
         assert_eq!(now(&slots[2]), Some(Err(lost)));

@@ -62,6 +62,10 @@ impl StreamSubscription {
     }
 
     /// Everything before `next` is finished. Resolves when that is durable.
+    ///
+    /// # Errors
+    /// `LeaseLost` if the session was lost meanwhile: messages come again from the offset that was
+    /// committed last. `NotActive` if another consumer has taken over.
     pub async fn commit(&self, next: Offset) -> Result<(), Error> {
         self.commit_later(next).await
     }

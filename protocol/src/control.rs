@@ -468,6 +468,8 @@ pub struct TopicView {
     pub created_at: Stamp,
     /// For a dead-letter topic: the letters that it holds.
     pub dead_letters: Option<u64>,
+    /// When the oldest of them died.
+    pub oldest_dead_at: Option<Stamp>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

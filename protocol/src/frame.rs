@@ -15,7 +15,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::{ErrorCode, WireError};
-use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX};
+use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX, RESPONSE_BYTES_MAX};
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 8;
@@ -153,7 +153,7 @@ impl Frame {
 #[must_use]
 pub fn header(kind: FrameType, length: usize) -> [u8; HEADER_BYTES] {
     assert!(
-        length <= FRAME_BYTES_MAX,
+        length <= FRAME_BYTES_MAX.max(RESPONSE_BYTES_MAX),
         "a frame is built within the limit"
     );
     let mut out = [0; HEADER_BYTES];
@@ -168,11 +168,10 @@ pub fn header(kind: FrameType, length: usize) -> [u8; HEADER_BYTES] {
 /// `TooLong` if the body exceeds the control limit; the caller pages its answer.
 pub fn encode<T: Serialize>(kind: FrameType, value: &T) -> Result<Bytes, FrameError> {
     let body = postcard::to_stdvec(value).map_err(|_| FrameError::Body("it cannot be encoded"))?;
-    if body.len() > CONTROL_BYTES_MAX {
-        return Err(FrameError::TooLong {
-            found: body.len(),
-            max: CONTROL_BYTES_MAX,
-        });
+    let max = body_bytes_max(kind).max(CONTROL_BYTES_MAX);
+    if body.len() > max {
+        let found = body.len();
+        return Err(FrameError::TooLong { found, max });
     }
     let mut out = BytesMut::with_capacity(HEADER_BYTES + body.len());
     out.put_slice(&header(kind, body.len()));
@@ -230,6 +229,7 @@ pub const fn body_bytes_max(kind: FrameType) -> usize {
         FrameType::ConsumerCredit | FrameType::Commit => 64,
         FrameType::Hello | FrameType::OpenProducer | FrameType::OpenSettlements => 4096,
         FrameType::OpenConsumer => 16 << 10,
+        FrameType::Response => RESPONSE_BYTES_MAX,
         _ => CONTROL_BYTES_MAX,
     }
 }

@@ -15,6 +15,9 @@ pub const MESSAGE_BYTES_MAX: usize =
 pub const FRAME_BYTES_MAX: usize = MESSAGE_BYTES_MAX + 4096;
 /// Longest body of a control frame, in bytes; a larger answer is paged.
 pub const CONTROL_BYTES_MAX: usize = 4 << 20;
+/// Longest body of an answer, in bytes: one message of the largest size must fit on a page, with what
+/// is told about it.
+pub const RESPONSE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (64 << 10);
 /// Most messages in one publish frame.
 pub const BATCH_MESSAGES_MAX: u32 = 4096;
 /// Bytes of messages after which a client closes a publish batch (one larger message goes alone).
@@ -49,6 +52,7 @@ pub const BACKOFF_LIST_MAX: usize = 64;
 pub const TOKEN_BYTES: usize = 32;
 
 const _: () = assert!(CONTROL_BYTES_MAX <= FRAME_BYTES_MAX);
+const _: () = assert!(CONTROL_BYTES_MAX <= RESPONSE_BYTES_MAX);
 const _: () = assert!(BATCH_BYTES_TARGET <= FRAME_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX < u32::MAX as usize);
 const _: () = assert!(DELAY_MS_MAX <= u32::MAX as u64 && TTL_MS_MAX <= u32::MAX as u64);

@@ -41,6 +41,8 @@ impl Queue {
             subscriptions: topic.subscriptions.len() as u32,
             created_at: topic.created_at,
             dead_letters: is_dead.then_some(topic.letters.len() as u64),
+            // Letters are filed in the order in which they die.
+            oldest_dead_at: topic.letters.values().next().map(|letter| letter.dead_at),
         })
     }
 

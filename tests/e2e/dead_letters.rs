@@ -2,15 +2,16 @@
 
 use std::time::{Duration, Instant};
 
+use futures_util::future::join_all;
 use millpond_client::{
-    Client, DeadFilter, DeadReason, Delivery, Nack, Offset, RedriveTarget, Reject, StartAt,
-    SubscriptionConfig,
+    Client, DeadFilter, DeadLetterView, DeadReason, Delivery, Message, Nack, Offset, RedriveTarget,
+    Reject, StartAt, SubscriptionConfig,
 };
 use tokio::time::sleep;
 
 use crate::common::{
-    PATIENCE, billing, broker, letters, next, nothing_for, publish, quick_retries, subscribe, text,
-    texts,
+    PATIENCE, billing, broker, letters, next, nothing_for, producer, publish, quick_retries,
+    subscribe, text, texts, until,
 };
 
 #[tokio::test]
@@ -250,5 +251,78 @@ async fn redrive(client: &Client, filter: DeadFilter, rate: Option<u32>, target:
         assert!(Instant::now() < deadline, "it stayed {view:?}");
         sleep(Duration::from_millis(10)).await;
         view = client.redrive_status(view.job).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn letters_of_any_size_are_listed_page_by_page_and_looked_at() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;
+    let sizes = [1 << 10, 16 << 20, 5 << 20, 1 << 10, 3 << 20, 2 << 10];
+    let producer = producer(&client).await;
+    for (fill, size) in (b'a'..).zip(sizes) {
+        producer.send(Message::new(vec![fill; size])).await.unwrap();
+    }
+    let reason = "x".repeat(1_024);
+    for _ in sizes {
+        let delivery = next(&mut consumer).await;
+        delivery.nack(Nack::new(reason.clone())).await.unwrap();
+    }
+    let found = by_pages(&client).await;
+    let lengths: Vec<_> = texts(&found).iter().map(String::len).collect();
+    assert_eq!(lengths, sizes);
+    assert!(found.iter().all(|letter| letter.error == reason));
+
+    let (mut looked, mut from) = (Vec::new(), Offset(0));
+    loop {
+        let page = client.peek("orders.billing.dead", from, 1_000);
+        let page = page.await.unwrap();
+        looked.extend(page.messages.iter().map(|message| message.message.len()));
+        if !page.more {
+            break;
+        }
+        from = page.next;
+    }
+    assert!(looked.iter().zip(sizes).all(|(have, size)| *have >= size));
+    assert_eq!(looked.len(), sizes.len());
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_page_of_many_long_stories_fits_its_frame() {
+    let (broker, client) = broker().await;
+    drop(subscribe(&client, "billing", quick_retries(0, 10)).await);
+    let named = client.subscribe("orders", "billing");
+    let mut consumer = named.consumer_name("c".repeat(200)).open().await.unwrap();
+    let total = 1_000;
+    let producer = producer(&client).await;
+    let receipts = (0..total).map(|_| producer.enqueue(Message::new(vec![b'm'; 1_500])));
+    for receipt in join_all(receipts).await {
+        receipt.unwrap().await.unwrap();
+    }
+    let reason = "x".repeat(1_024);
+    for _ in 0..total * 10 {
+        let delivery = next(&mut consumer).await;
+        drop(delivery.nack_later(Nack::new(reason.clone())));
+    }
+    until(&client, |view| view.dead == total).await;
+    let found = by_pages(&client).await;
+    assert!(found.iter().map(|letter| letter.offset.0).eq(0..total));
+    assert!(found.iter().all(|letter| letter.history.len() == 10));
+    broker.shutdown().await.unwrap();
+}
+
+/// Every dead letter of `billing`, read as a listing reads them.
+async fn by_pages(client: &Client) -> Vec<DeadLetterView> {
+    let (mut found, mut from) = (Vec::new(), Offset(0));
+    loop {
+        let page = client.dead_letters("orders", "billing", from, 1_000);
+        let page = page.await.unwrap();
+        found.extend(page.letters);
+        if !page.more {
+            return found;
+        }
+        assert!(page.next > from, "a page goes on behind the one before");
+        from = page.next;
     }
 }

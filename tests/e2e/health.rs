@@ -79,6 +79,7 @@ async fn every_family_of_metrics_is_there_and_counts() {
         "attempts",
         "dead",
         "dead_letters",
+        "dead_letters_oldest_age_seconds",
         "redelivery_late_seconds",
         "leases_lost",
         "dedup_hits",
@@ -104,6 +105,11 @@ async fn every_family_of_metrics_is_there_and_counts() {
     for (name, labels, at_least) in [
         ("dead_total", &["reason=\"max_attempts\""][..], 1.0),
         ("dead_letters", &["orders.billing.dead"], 1.0),
+        (
+            "dead_letters_oldest_age_seconds",
+            &["orders.billing.dead"],
+            0.001,
+        ),
         ("dedup_hits_total", &[], 1.0),
         ("producers_fenced_total", &[], 1.0),
         ("connections", &[], 1.0),

@@ -167,6 +167,10 @@ pub fn of_status(status: &StatusView) -> Vec<Sample> {
         if let Some(letters) = topic.dead_letters {
             let help = "Letters in a dead-letter topic";
             out.push(of(number("dead_letters", help, letters)));
+            let age_ms = topic.oldest_dead_at.map_or(0, |at| status.now.ms_since(at));
+            let help = "Time since the oldest letter of a dead-letter topic died";
+            let age = Sample::gauge("dead_letters_oldest_age_seconds", help, age_ms as f64 / 1e3);
+            out.push(of(age));
         }
     }
     for subscription in &status.subscriptions {

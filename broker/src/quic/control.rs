@@ -22,7 +22,8 @@ use crate::bodies::BodyError;
 use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
 use crate::token;
 
-/// Bytes of message bodies in one page of an answer; what does not fit is on the next page.
+/// Bytes of one page of an answer; what does not fit is on the next page. A message that is larger
+/// has a page to itself.
 const PAGE_BYTES: usize = CONTROL_BYTES_MAX / 2;
 
 /// Runs a connection's control stream to its end; the reason is for the connection's close.
@@ -246,11 +247,10 @@ impl<S: Storage> Session<'_, S> {
         for (offset, letter) in &letters {
             let (topic, at) = letter.body;
             let body = self.context.bodies.read(topic, at, 1, 1).await.ok();
-            bytes += body
-                .iter()
-                .flatten()
-                .map(|run| run.messages.len())
-                .sum::<usize>();
+            let story = letters::story(&self.context.bodies, letter).await;
+            let run = body.as_ref().and_then(|runs| runs.first());
+            let view = letters::view(*offset, letter, story, run);
+            bytes += letters::view_bytes(&view);
             if bytes > PAGE_BYTES && !views.is_empty() {
                 return Ok(Response::DeadLetters {
                     letters: views,
@@ -258,13 +258,7 @@ impl<S: Storage> Session<'_, S> {
                     more: true,
                 });
             }
-            let story = letters::story(&self.context.bodies, letter).await;
-            views.push(letters::view(
-                *offset,
-                letter,
-                story,
-                body.as_ref().and_then(|runs| runs.first()),
-            ));
+            views.push(view);
         }
         Ok(Response::DeadLetters {
             letters: views,
@@ -281,7 +275,7 @@ impl<S: Storage> Session<'_, S> {
         let mut elsewhere: std::collections::BTreeMap<Offset, Elsewhere> =
             elsewhere.into_iter().collect();
         let (mut messages, mut bytes, mut at) = (Vec::new(), 0, page.first);
-        while at < page.next && messages.len() < page.limit as usize && bytes < PAGE_BYTES {
+        while at < page.next && messages.len() < page.limit as usize {
             let message = match elsewhere.remove(&at) {
                 Some(elsewhere) => self.peek_elsewhere(at, &elsewhere).await,
                 None => match self.context.bodies.read(page.topic, at, 1, 1).await {
@@ -299,7 +293,12 @@ impl<S: Storage> Session<'_, S> {
                     Err(error) => return Err(error),
                 },
             };
-            bytes += message.as_ref().map_or(0, |message| message.message.len());
+            bytes += message
+                .as_ref()
+                .map_or(0, |m| m.message.len() + m.extra.len());
+            if bytes > PAGE_BYTES && !messages.is_empty() {
+                break;
+            }
             messages.extend(message);
             at = at.next();
         }

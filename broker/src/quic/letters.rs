@@ -193,3 +193,15 @@ pub fn view(offset: Offset, letter: &Letter, story: Story, body: Option<&Run>) -
         message: body.map(|run| run.messages.clone()).unwrap_or_default(),
     }
 }
+
+/// About the bytes that a letter takes in an answer.
+#[must_use]
+pub fn view_bytes(view: &DeadLetterView) -> usize {
+    let names = view.source_topic.len() + view.subscription.len() + view.consumer.len();
+    let words = |item: &HistoryView| item.consumer.len() + item.outcome.len() + FIXED_BYTES;
+    let history: usize = view.history.iter().map(words).sum();
+    FIXED_BYTES + names + view.error.len() + history + view.message.len()
+}
+
+/// More than the numbers of a letter, or of one line of its history, take.
+const FIXED_BYTES: usize = 128;

@@ -366,6 +366,7 @@ impl<S: Storage> Log<S> {
             digest: active.digest.digest128().to_le_bytes(),
             last_crc: active.last_crc,
             segment: active.segment,
+            written: Default::default(),
         });
     }
 

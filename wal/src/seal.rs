@@ -2,8 +2,13 @@
 //!
 //! Owns the job that writes them, which may run on a background thread. The segment's data are durable
 //! before; until the manifest says "sealed" an interrupted job counts for nothing and is repeated.
+//! A segment may have two jobs, one that waits for its thread and one that an append could not wait
+//! for: whichever comes first writes, the other finds what it wrote.
 
 use std::io;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::buffer::BufferPool;
 use crate::directory::Unreadable;
@@ -22,12 +27,17 @@ pub(crate) struct Ended<F> {
     pub records: u64,
     pub digest: [u8; 16],
     pub last_crc: u32,
+    pub written: Written,
 }
+
+/// The footer, once it is in the file; locked while somebody writes it.
+pub(crate) type Written = Arc<Mutex<Option<Footer>>>;
 
 impl<F> Clone for Ended<F> {
     fn clone(&self) -> Self {
         Ended {
             segment: self.segment.clone(),
+            written: self.written.clone(),
             ..*self
         }
     }
@@ -71,6 +81,10 @@ impl<S: Storage> SealJob<S> {
     }
 
     fn write(&self) -> io::Result<Footer> {
+        let mut written = self.ended.written.lock();
+        if let Some(footer) = *written {
+            return Ok(footer);
+        }
         let Body::Open { file, table } = &self.ended.segment.body else {
             return Err(io::Error::other("the segment is sealed already"));
         };
@@ -91,6 +105,7 @@ impl<S: Storage> SealJob<S> {
         };
         drop(table);
         write_footer(&**file, &self.pool, &footer, &copy)?;
+        *written = Some(footer);
         Ok(footer)
     }
 }

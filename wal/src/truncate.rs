@@ -94,6 +94,7 @@ impl<S: Storage> Log<S> {
             ended.records = left.records;
             ended.digest = left.digest.digest128().to_le_bytes();
             ended.last_crc = left.last_crc;
+            ended.written = Default::default();
         }
         self.predecessor = (ended.segment.uuid, ended.last_crc);
         self.ended.push_back(ended);

@@ -284,7 +284,7 @@ fn is_disk_full(error: &SnapshotError) -> bool {
     matches!(error, SnapshotError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
 }
 
-/// A job whose segment was sealed by an append, or removed, while it ran has nothing to install.
+/// A job whose segment was sealed by an append, or removed, while it waited has nothing to install.
 fn unless_overtaken<T>(installed: Result<T, LogError>) -> Result<(), Fatal> {
     match installed {
         Ok(_) | Err(LogError::Outdated(_) | LogError::UnknownSegment(_)) => Ok(()),

@@ -288,6 +288,7 @@ impl<F: StorageFile> Judged<F> {
             records: scan.records,
             digest: scan.digest.digest128().to_le_bytes(),
             last_crc: scan.last_crc,
+            written: Default::default(),
         });
     }
 

@@ -114,6 +114,30 @@ fn rows_are_found_in_open_and_sealed_segments_alike() {
 }
 
 #[test]
+fn a_job_whose_segment_an_append_has_sealed_writes_nothing() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    let late = loop {
+        append(&mut log, 3, BYTES).unwrap();
+        if let Some(job) = log.seal_job() {
+            break job;
+        }
+    };
+    while !log.segments().iter().any(|one| one.stage == Stage::Sealed) {
+        append(&mut log, 3, BYTES).unwrap();
+    }
+    let before = storage.calls();
+    let done = late.run().unwrap();
+    assert_eq!(storage.calls(), before, "the file is final");
+    let overtaken = log.install_sealed(done);
+    assert!(matches!(overtaken, Err(LogError::Outdated(_))));
+    while log.appended() < LogIndex(40) {
+        append(&mut log, 3, BYTES).unwrap();
+    }
+    finds_rows(&log);
+}
+
+#[test]
 fn a_record_shares_the_memory_of_its_entry() {
     let (mut log, _) = open(&SimStorage::new(1));
     let appended = append(&mut log, 3, 100).unwrap();

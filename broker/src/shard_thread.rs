@@ -208,10 +208,12 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
                 Err(RecvTimeoutError::Disconnected) => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => None,
             };
+            self.shard.wake();
             if let Some(stop) = self.take_in(first)? {
                 return Ok(Some(stop));
             }
             self.shard.commit_if_due(&mut self.out)?;
+            self.shard.wake();
             self.flush();
             self.shard.dispatch(&mut self.out);
             self.shard.upkeep(&mut self.out)?;

@@ -16,6 +16,8 @@ pub mod io;
 mod maintain;
 mod open;
 mod request;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::BTreeMap;
@@ -42,6 +44,9 @@ const DISPATCH_BUDGET: usize = 8_192;
 pub const LEASE_COMMIT_US: u64 = 5_000;
 /// A commit with nothing behind it is vouched for after this time.
 pub const VOUCH_AFTER_US: u64 = 10_000;
+/// A shard that is late by so much was away: a disk stood still, the machine slept, or the start
+/// took long. Shorter waits are what leases and grace have room for.
+const AWAY_US: u64 = 500_000;
 
 /// Why the shard must stop at once. The process ends; nothing unacknowledged is claimed.
 #[derive(Debug, thiserror::Error)]
@@ -120,6 +125,8 @@ pub struct Shard<S: Storage, C: Clock> {
     idle_since_us: u64,
     /// When the last commit ended, while it is not vouched for.
     vouch_since_us: Option<u64>,
+    /// Until when the shard was awake, or meant to rest.
+    expected_us: u64,
     attached: BTreeMap<SessionId, Attachment>,
     next_session: u32,
     effects: Vec<Effect>,
@@ -224,13 +231,31 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         Ok(())
     }
 
+    /// To be called after every rest and every commit, before anything is taken in or dispatched: if
+    /// the shard was away longer than it meant to, that time counts against no consumer, who may
+    /// have come back, or renewed its leases, and was not heard yet.
+    pub fn wake(&mut self) {
+        let now_us = self.stamper.clock().boottime_us();
+        let away_us = now_us.saturating_sub(self.expected_us);
+        if away_us >= AWAY_US {
+            self.queue.was_away(away_us.div_ceil(1_000));
+        }
+        self.expected_us = now_us;
+    }
+
     /// Microseconds until there is something to do without any input; 0: at once.
     #[must_use]
     pub fn wait_us(&mut self) -> u64 {
+        let clock_us = self.stamper.clock().boottime_us();
+        let wait_us = self.rest_us(clock_us);
+        self.expected_us = clock_us.saturating_add(wait_us);
+        wait_us
+    }
+
+    fn rest_us(&mut self, clock_us: u64) -> u64 {
         if self.more_to_dispatch || self.awaited {
             return 0;
         }
-        let clock_us = self.stamper.clock().boottime_us();
         let until = |since: u64, wait: u64| (since + wait).saturating_sub(clock_us);
         let lease = (!self.pending.is_empty()).then(|| until(self.idle_since_us, LEASE_COMMIT_US));
         let vouch = self

@@ -107,6 +107,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         recovered: &Recovered,
     ) -> Result<Self, OpenShardError> {
         let group = log.new_group();
+        let expected_us = stamper.clock().boottime_us();
         let mut shard = Self {
             maintenance: Maintenance::new(snapshot_every_bytes, recovered.replayed_bytes),
             gates: Gates {
@@ -122,6 +123,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             awaited: false,
             idle_since_us: 0,
             vouch_since_us: None,
+            expected_us,
             attached: std::collections::BTreeMap::new(),
             next_session: 0,
             effects: Vec::new(),

@@ -186,6 +186,14 @@ impl Queue {
         }
     }
 
+    /// The broker itself was away for so long, and could hear nobody: that time counts against no
+    /// session. To be told before anything that came in meanwhile.
+    pub fn was_away(&mut self, ms: u64) {
+        for session in self.sessions.values_mut() {
+            session.live.deadline = session.live.deadline.plus_ms(ms);
+        }
+    }
+
     /// Fills `begun_at` and `history`, the failure itself included, before a settlement is encoded.
     pub fn enrich(&self, id: SessionId, items: &mut [SettleEntry]) {
         let Some(session) = self.sessions.get(&id) else {

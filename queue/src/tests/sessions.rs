@@ -61,6 +61,21 @@ fn a_broken_connection_has_ten_seconds_to_come_back() {
     assert_eq!(rig.queue.attach(SessionId(1), 101, rig.now), None);
 }
 
+// SEMANTICS 1.6: what holds for a restart holds for a broker that could hear nobody.
+#[test]
+fn time_in_which_the_broker_was_away_counts_against_no_session() {
+    let mut rig = Rig::new();
+    let sub = handed(&mut rig, 2);
+    rig.queue.detach(SessionId(1), rig.now);
+    rig.run_for(5_000);
+    rig.wait(12_000);
+    rig.queue.was_away(12_000);
+    rig.run_for(4_900);
+    assert_eq!(rig.view(sub).in_flight, 2);
+    rig.run_for(200);
+    assert_eq!(rig.view(sub).in_flight, 0, "its own ten seconds are over");
+}
+
 // SEMANTICS 1.1
 #[test]
 fn a_consumer_that_holds_messages_and_does_not_renew_loses_them() {

@@ -1,0 +1,149 @@
+//! What the shard does by itself, on a simulated disk and a clock in the test's hands.
+
+#![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
+
+use millpond_protocol::TopicConfig;
+use millpond_protocol::control::{CreateSubscription, OpenConsumer, Request, SessionResume};
+use millpond_queue::StartPosition;
+use millpond_wal::sim::SimStorage;
+
+use super::io::{Opened, ResolvedRequest};
+use super::*;
+use crate::clock::ManualClock;
+
+const WALL_US: u64 = 1_767_225_600_000_000;
+const SECOND_US: u64 = 1_000_000;
+
+struct Rig {
+    storage: SimStorage,
+    shard: Shard<SimStorage, ManualClock>,
+    clock: ManualClock,
+    streams: u64,
+}
+
+impl Rig {
+    /// A shard with one topic, which has just begun to serve.
+    fn new() -> Self {
+        let (storage, clock) = (SimStorage::new(1), ManualClock::new(WALL_US));
+        let mut rig = Self {
+            shard: open(&storage, &clock),
+            storage,
+            clock,
+            streams: 0,
+        };
+        let (name, config) = ("orders".to_owned(), TopicConfig::default());
+        let request = ResolvedRequest::Plain(Request::TopicCreate { name, config });
+        rig.ask(Input::Request {
+            stream: StreamId(0),
+            id: 1,
+            request,
+        });
+        rig
+    }
+
+    fn ask(&mut self, input: Input<()>) -> Vec<(StreamId, Output)> {
+        let mut out = Outbox::default();
+        self.shard.input(input, &mut out);
+        // A subscription that is made for a consumer takes a commit of its own.
+        self.shard.commit(&mut out).unwrap();
+        self.shard.commit(&mut out).unwrap();
+        out.replies
+    }
+
+    /// Opens a consumer, or takes a session up again, on a stream of its own.
+    fn consume(&mut self, resume: Option<SessionResume>) -> (StreamId, Opened) {
+        self.streams += 1;
+        let stream = StreamId(self.streams);
+        let open = OpenConsumer {
+            topic: "orders".to_owned(),
+            subscription: "billing".to_owned(),
+            create: Some(CreateSubscription::default()),
+            resume,
+            consumer_name: "c".to_owned(),
+        };
+        let replies = self.ask(Input::OpenConsumer {
+            stream,
+            open,
+            token: 7,
+            start: StartPosition::Earliest,
+        });
+        let opened = replies.into_iter().find_map(|(to, output)| match output {
+            Output::ConsumerOpened(opened) if to == stream => Some(*opened),
+            _ => None,
+        });
+        (stream, opened.expect("the consumer is opened"))
+    }
+
+    /// A session whose connection has just broken.
+    fn detached(&mut self) -> SessionResume {
+        let (stream, opened) = self.consume(None);
+        let session = opened.session;
+        self.ask(Input::Detach { session, stream });
+        SessionResume { session, token: 7 }
+    }
+
+    /// One round of the shard with nothing coming in.
+    fn round(&mut self) {
+        let mut out = Outbox::default();
+        self.shard.wake();
+        self.shard.dispatch(&mut out);
+        self.shard.commit(&mut out).unwrap();
+        self.shard.vouch_if_due().unwrap();
+    }
+
+    /// Rests as often as the shard wants to, until so much time has passed.
+    fn rest(&mut self, us: u64) {
+        let until = self.clock.boottime_us() + us;
+        while self.clock.boottime_us() < until {
+            let left = until - self.clock.boottime_us();
+            let wait = self.shard.wait_us().clamp(1, left);
+            self.clock.advance_us(wait);
+            self.round();
+        }
+    }
+}
+
+fn open(storage: &SimStorage, clock: &ManualClock) -> Shard<SimStorage, ManualClock> {
+    let options = ShardOptions {
+        log: millpond_wal::Options {
+            segment_bytes: 1 << 20,
+            spare_segments: 0,
+            ..millpond_wal::Options::default()
+        },
+        snapshot_every_bytes: 1 << 20,
+    };
+    Shard::open(storage.clone(), clock.clone(), None, options)
+        .unwrap()
+        .0
+}
+
+#[test]
+fn a_session_that_does_not_come_back_ends_after_its_grace() {
+    let mut rig = Rig::new();
+    let resume = rig.detached();
+    rig.rest(10 * SECOND_US + SECOND_US / 10);
+    assert!(!rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn a_session_that_came_back_while_the_disk_stood_still_is_heard() {
+    let mut rig = Rig::new();
+    let resume = rig.detached();
+    rig.rest(SECOND_US);
+    rig.clock.advance_us(12 * SECOND_US);
+    rig.round();
+    assert!(rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
+    let mut rig = Rig::new();
+    let resume = rig.detached();
+    rig.storage.restart_process();
+    rig.shard = open(&rig.storage, &rig.clock);
+    // Synced, listening, and only now awake.
+    rig.clock.advance_us(11 * SECOND_US);
+    rig.round();
+    rig.rest(9 * SECOND_US);
+    assert!(rig.consume(Some(resume)).1.resumed);
+}

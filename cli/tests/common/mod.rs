@@ -14,7 +14,7 @@ use tempfile::TempDir;
 const MILLPOND: &str = env!("CARGO_BIN_EXE_millpond");
 
 /// Longest wait for something that must come.
-const WAIT_MAX: Duration = Duration::from_secs(30);
+pub const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// The command without anything of the surroundings that could change what it does.
 pub fn millpond() -> Command {
@@ -143,6 +143,18 @@ impl Broker {
         let deadline = Instant::now() + WAIT_MAX;
         while self.json(&format!("topic show {topic}"))["next_offset"].as_u64() <= Some(offset) {
             assert!(Instant::now() < deadline, "no message at offset {offset}");
+        }
+    }
+
+    /// Waits until a subscription has nothing more to do; how it looks then.
+    pub fn wait_for_empty(&self, topic: &str, name: &str) -> Value {
+        let deadline = Instant::now() + WAIT_MAX;
+        loop {
+            let view = self.json(&format!("subscription show {topic} {name}"));
+            if view["backlog"] == 0 {
+                return view;
+            }
+            assert!(Instant::now() < deadline, "it is not done: {view}");
         }
     }
 

@@ -14,7 +14,7 @@ use crate::scenarios::Scenario;
 #[derive(Debug, Parser)]
 #[command(name = "load")]
 pub struct Args {
-    /// Measure for about a second each instead of four.
+    /// Measure for about a second each instead of four, and less of what takes many messages.
     #[arg(long)]
     quick: bool,
     /// How often everything is measured.
@@ -23,6 +23,9 @@ pub struct Args {
     /// Only these floors and scenarios; what a ratio needs must be among them.
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
+    /// Also writes everything into this file, as one JSON object.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
     #[arg(long, value_enum, default_value_t = Output::Table)]
     output: Output,
     /// Where brokers keep their data and the disk is measured; default: a temporary folder within
@@ -32,9 +35,6 @@ pub struct Args {
     /// Upper bound of path MTU discovery, in bytes of UDP payload, for brokers and floors alike.
     #[arg(long, default_value_t = 1_452, value_parser = clap::value_parser!(u16).range(1_200..=6_400))]
     pub mtu: u16,
-    /// Messages that a pipelining producer has unacknowledged.
-    #[arg(long, default_value_t = 4_096, value_parser = clap::value_parser!(u32).range(1..=65_536))]
-    window: u32,
     /// Serve this role for a parent instead of measuring.
     #[arg(long, value_enum, hide = true, requires = "dir")]
     pub child: Option<Role>,
@@ -64,7 +64,8 @@ pub struct Plan {
     pub pace: Pace,
     pub quick: bool,
     pub mtu: u16,
-    pub window: usize,
+    pub size: Size,
+    pub json: Option<PathBuf>,
     pub output: Output,
     folder: Folder,
 }
@@ -94,6 +95,45 @@ impl Pace {
     pub fn total(&self) -> Duration {
         self.warm_up + self.measured
     }
+}
+
+/// How much of what is measured by number rather than by time.
+#[derive(Copy, Clone, Debug)]
+pub struct Size {
+    /// Messages that are all nacked.
+    pub retries: u32,
+    /// Messages that wait for their time.
+    pub scheduled: u64,
+    /// Messages that wait in a deep backlog.
+    pub backlog: u64,
+    /// Messages stored when the broker is killed, and how many of them wait for a retry.
+    pub stored: u64,
+    pub retrying: u64,
+    /// Connections with an idle consumer each.
+    pub connections: usize,
+    /// Beyond three times its pace and this a scenario is stuck, and not slow.
+    pub slack: Duration,
+}
+
+impl Size {
+    const FULL: Self = Self {
+        retries: 100_000,
+        scheduled: 10_000_000,
+        backlog: 100_000_000,
+        stored: 10_000_000,
+        retrying: 1_000_000,
+        connections: 10_000,
+        slack: Duration::from_secs(900),
+    };
+    const QUICK: Self = Self {
+        retries: 100_000,
+        scheduled: 500_000,
+        backlog: 2_000_000,
+        stored: 1_000_000,
+        retrying: 100_000,
+        connections: 500,
+        slack: Duration::from_secs(60),
+    };
 }
 
 enum Folder {
@@ -142,7 +182,8 @@ impl Args {
             pace: if self.quick { Pace::QUICK } else { Pace::FULL },
             quick: self.quick,
             mtu: self.mtu,
-            window: self.window as usize,
+            size: if self.quick { Size::QUICK } else { Size::FULL },
+            json: self.json.clone(),
             output: self.output,
             folder,
         })

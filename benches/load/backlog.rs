@@ -6,15 +6,16 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use millpond_client::{SettleReceipt, StartAt, Subscription, SubscriptionConfig};
 
+use crate::floors::WINDOW_DEEP;
 use crate::publish::{self, Pump};
 use crate::sample::{Meter, Sample};
 use crate::scenarios::Bench;
 
-/// A message counts when its own acknowledgement is durable.
+/// Publishes for a while, then consumes what was published.
 pub async fn consume(bench: &Bench<'_>, message_bytes: usize) -> Result<Sample> {
     let pace = bench.plan.pace;
     let publisher = bench.connect("bench-publisher").await?;
-    let mut pump = Pump::open(&publisher, 1, message_bytes, bench.plan.window).await?;
+    let mut pump = Pump::open(&publisher, 1, message_bytes, WINDOW_DEEP as usize).await?;
     let messages_max = pace.bytes_max / message_bytes as u64;
     let published = pump
         .run(Instant::now() + pace.total(), messages_max, None)
@@ -22,10 +23,21 @@ pub async fn consume(bench: &Bench<'_>, message_bytes: usize) -> Result<Sample> 
     let backlog = published + pump.drain().await?;
     pump.close().await?;
     publisher.close().await;
+    take(bench, &publish::topic(0), backlog, message_bytes).await
+}
 
+/// Consumes a backlog of at least so many messages in a topic, by a new subscription. A message counts
+/// when its own acknowledgement is durable.
+pub async fn take(
+    bench: &Bench<'_>,
+    topic: &str,
+    backlog: u64,
+    message_bytes: usize,
+) -> Result<Sample> {
+    let pace = bench.plan.pace;
     let client = bench.connect("bench-consumer").await?;
     let deliveries = client
-        .subscribe(publish::topic(0), "load")
+        .subscribe(topic, "load")
         .create(SubscriptionConfig::default(), StartAt::Earliest)
         .prefetch(PREFETCH)
         .open()
@@ -33,7 +45,7 @@ pub async fn consume(bench: &Bench<'_>, message_bytes: usize) -> Result<Sample> 
     let mut intake = Intake {
         deliveries,
         left: backlog,
-        window: bench.plan.window,
+        window: WINDOW_DEEP as usize,
         taken: 0,
         waiting: VecDeque::new(),
     };

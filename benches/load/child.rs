@@ -27,6 +27,9 @@ pub struct Greeting {
 
 pub struct Child {
     process: Process,
+    role: Role,
+    dir: PathBuf,
+    mtu: u16,
     pub pid: u32,
     pub greeting: Greeting,
 }
@@ -34,9 +37,9 @@ pub struct Child {
 impl Child {
     /// Starts this program again in a role, and waits until it serves.
     pub async fn start(role: Role, dir: &Path, mtu: u16) -> Result<Self> {
-        let role = clap::ValueEnum::to_possible_value(&role).context("every role has a name")?;
+        let name = clap::ValueEnum::to_possible_value(&role).context("every role has a name")?;
         let mut process = Command::new(std::env::current_exe()?)
-            .args(["--child", role.get_name()])
+            .args(["--child", name.get_name()])
             .arg("--dir")
             .arg(dir)
             .args(["--mtu", &mtu.to_string()])
@@ -54,12 +57,15 @@ impl Child {
         let mut output = BufReader::new(output);
         match timeout(START_MAX, output.read_line(&mut line)).await {
             Ok(read) => read?,
-            Err(_) => bail!("the {} did not serve within {START_MAX:?}", role.get_name()),
+            Err(_) => bail!("the {} did not serve within {START_MAX:?}", name.get_name()),
         };
         let greeting = serde_json::from_str(&line)
-            .with_context(|| format!("the {} did not start; it said: {line:?}", role.get_name()))?;
+            .with_context(|| format!("the {} did not start; it said: {line:?}", name.get_name()))?;
         Ok(Self {
             process,
+            role,
+            dir: dir.to_owned(),
+            mtu,
             pid,
             greeting,
         })
@@ -82,6 +88,15 @@ impl Child {
             written = now;
         }
         Ok(())
+    }
+
+    /// Kills the child, lets something happen, and starts another on its folder; when that began.
+    pub async fn kill_and_restart(&mut self, between: impl FnOnce()) -> Result<Instant> {
+        self.process.kill().await?;
+        between();
+        let began = Instant::now();
+        *self = Self::start(self.role, &self.dir, self.mtu).await?;
+        Ok(began)
     }
 
     /// Ends the child gracefully.

@@ -14,15 +14,23 @@ use crate::sample::{Meter, Sample};
 pub enum Floor {
     QuinnBulk,
     QuinnRoundTrip,
+    Quinn1k,
+    Quinn1kDeep,
+    Quinn128,
+    Quinn128Deep,
     Sync4k,
     Sync64k,
     Sync1m,
 }
 
 impl Floor {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 9] = [
         Self::QuinnBulk,
         Self::QuinnRoundTrip,
+        Self::Quinn1k,
+        Self::Quinn1kDeep,
+        Self::Quinn128,
+        Self::Quinn128Deep,
         Self::Sync4k,
         Self::Sync64k,
         Self::Sync1m,
@@ -32,6 +40,10 @@ impl Floor {
         match self {
             Self::QuinnBulk => "quinn_bulk",
             Self::QuinnRoundTrip => "quinn_round_trip",
+            Self::Quinn1k => "quinn_1k",
+            Self::Quinn1kDeep => "quinn_1k_deep",
+            Self::Quinn128 => "quinn_128",
+            Self::Quinn128Deep => "quinn_128_deep",
             Self::Sync4k => "sync_4k",
             Self::Sync64k => "sync_64k",
             Self::Sync1m => "sync_1m",
@@ -42,6 +54,10 @@ impl Floor {
         match self {
             Self::QuinnBulk => "one QUIC stream, 256 KiB writes",
             Self::QuinnRoundTrip => "128 B there and back, 1 in flight",
+            Self::Quinn1k => "1 KiB messages on one stream, 256 unanswered",
+            Self::Quinn1kDeep => "1 KiB messages on one stream, 4,096 unanswered",
+            Self::Quinn128 => "128 B messages on one stream, 256 unanswered",
+            Self::Quinn128Deep => "128 B messages on one stream, 4,096 unanswered",
             Self::Sync4k => "4 KiB write + fdatasync, file written before",
             Self::Sync64k => "64 KiB write + fdatasync, file written before",
             Self::Sync1m => "1 MiB write + fdatasync, file written before",
@@ -50,40 +66,75 @@ impl Floor {
 
     pub async fn measure(self, plan: &Plan) -> Result<Sample> {
         match self {
-            Self::QuinnBulk | Self::QuinnRoundTrip => {
-                let child = Child::start(Role::QuinnSink, plan.dir(), plan.mtu).await?;
-                let ca = std::fs::read(&child.greeting.ca)?;
-                let raw = Raw::connect(child.greeting.address, &ca, plan.mtu).await?;
-                let sample = match self {
-                    Self::QuinnBulk => bulk(&raw, child.pid, plan).await,
-                    _ => round_trip(&raw, child.pid, plan).await,
-                };
-                raw.close().await;
-                child.stop().await?;
-                sample
-            }
             Self::Sync4k => sync(plan, 4 << 10).await,
             Self::Sync64k => sync(plan, 64 << 10).await,
             Self::Sync1m => sync(plan, 1 << 20).await,
+            _ => self.measure_quinn(plan).await,
         }
+    }
+
+    async fn measure_quinn(self, plan: &Plan) -> Result<Sample> {
+        let child = Child::start(Role::QuinnSink, plan.dir(), plan.mtu).await?;
+        let ca = std::fs::read(&child.greeting.ca)?;
+        let raw = Raw::connect(child.greeting.address, &ca, plan.mtu).await?;
+        let bench = Bench {
+            raw: &raw,
+            server: child.pid,
+            plan,
+        };
+        let sample = match self {
+            Self::Quinn1k => bench.windowed(1_024, WINDOW).await,
+            Self::Quinn1kDeep => bench.windowed(1_024, WINDOW_DEEP).await,
+            Self::Quinn128 => bench.windowed(128, WINDOW).await,
+            Self::Quinn128Deep => bench.windowed(128, WINDOW_DEEP).await,
+            Self::QuinnRoundTrip => bench.round_trip().await,
+            _ => bench.bulk().await,
+        };
+        raw.close().await;
+        child.stop().await?;
+        sample
     }
 }
 
-/// An operation is one KiB here, so that the rate reads like that of messages.
-async fn bulk(raw: &Raw, server: u32, plan: &Plan) -> Result<Sample> {
-    raw.bulk(BULK_WARM_UP_BYTES, plan.pace.warm_up).await?;
-    let mut meter = Meter::start(Some(server))?;
-    let bytes = raw.bulk(plan.pace.bytes_max, time(plan)).await?;
-    meter.count(bytes / 1_024);
-    meter.stop(1_024)
+/// A connection to the sink, and what is measured over it.
+struct Bench<'a> {
+    raw: &'a Raw,
+    server: u32,
+    plan: &'a Plan,
 }
 
-async fn round_trip(raw: &Raw, server: u32, plan: &Plan) -> Result<Sample> {
-    let mut warm_up = Meter::start(None)?;
-    raw.round_trips(plan.pace.warm_up, &mut warm_up).await?;
-    let mut meter = Meter::start(Some(server))?;
-    raw.round_trips(time(plan), &mut meter).await?;
-    meter.stop(ECHO_BYTES as u64)
+impl Bench<'_> {
+    /// An operation is one KiB here, so that the rate reads like that of messages.
+    async fn bulk(&self) -> Result<Sample> {
+        let pace = &self.plan.pace;
+        self.raw.bulk(BULK_WARM_UP_BYTES, pace.warm_up).await?;
+        let mut meter = Meter::start(Some(self.server))?;
+        let bytes = self.raw.bulk(pace.bytes_max, time(self.plan)).await?;
+        meter.count(bytes / 1_024);
+        meter.stop(1_024)
+    }
+
+    async fn round_trip(&self) -> Result<Sample> {
+        let mut warm_up = Meter::start(None)?;
+        let warm = self.plan.pace.warm_up;
+        self.raw.round_trips(warm, &mut warm_up).await?;
+        let mut meter = Meter::start(Some(self.server))?;
+        self.raw.round_trips(time(self.plan), &mut meter).await?;
+        meter.stop(ECHO_BYTES as u64)
+    }
+
+    async fn windowed(&self, message_bytes: usize, window: u64) -> Result<Sample> {
+        let mut warm_up = Meter::start(None)?;
+        let warm = self.plan.pace.warm_up;
+        self.raw
+            .windowed(message_bytes, window, warm, &mut warm_up)
+            .await?;
+        let mut meter = Meter::start(Some(self.server))?;
+        self.raw
+            .windowed(message_bytes, window, time(self.plan), &mut meter)
+            .await?;
+        meter.stop(message_bytes as u64)
+    }
 }
 
 async fn sync(plan: &Plan, write_bytes: usize) -> Result<Sample> {
@@ -97,3 +148,6 @@ fn time(plan: &Plan) -> Duration {
 }
 
 const BULK_WARM_UP_BYTES: u64 = 64 << 20;
+/// Messages without an answer, as in the scenarios that stand on these floors.
+pub const WINDOW: u64 = 256;
+pub const WINDOW_DEEP: u64 = 4_096;

@@ -25,7 +25,6 @@ pub struct Facts {
     pub rustls: Option<&'static str>,
     pub optimised: bool,
     pub mtu: u16,
-    pub window: usize,
     pub rounds: u32,
     pub seconds_each: f64,
     pub quick: bool,
@@ -55,7 +54,6 @@ impl Facts {
             rustls: locked_version("rustls"),
             optimised: !cfg!(debug_assertions),
             mtu: plan.mtu,
-            window: plan.window,
             rounds: plan.rounds,
             seconds_each: plan.pace.measured.as_secs_f64(),
             quick: plan.quick,
@@ -84,8 +82,11 @@ impl Facts {
                 self.load_average,
             ),
             format!(
-                "MTU {}, window {} messages, {} rounds of {} s each; every acknowledgement after fdatasync",
-                self.mtu, self.window, self.rounds, self.seconds_each,
+                "MTU {}, {} rounds of {} s each{}; every acknowledgement after a sync",
+                self.mtu,
+                self.rounds,
+                self.seconds_each,
+                if self.quick { ", small numbers" } else { "" },
             ),
         ];
         if !self.optimised {

@@ -1,7 +1,8 @@
 //! Load on a broker, and the floors under it, measured in one run on one machine.
 //!
 //! ```text
-//! cargo bench --bench load -- [--quick] [--rounds N] [--only NAME,…] [--output json] [--dir DIR] [--mtu N]
+//! cargo bench --bench load -- [--quick] [--rounds N] [--only NAME,…] [--json FILE] [--output json]
+//!                             [--dir DIR] [--mtu N]
 //! ```
 //!
 //! Owns: what is measured and in which order. A run is some rounds; a round measures every floor
@@ -16,20 +17,27 @@
 mod args;
 mod backlog;
 mod child;
+mod crowd;
 mod disk;
 mod floors;
+mod idle;
 mod latency;
 mod machine;
 mod open_loop;
 mod proc_stat;
 mod publish;
 mod raw_quic;
+mod replay;
 mod report;
+mod restart;
+mod retries;
 mod rounds;
 mod sample;
 mod scenarios;
+mod scheduled;
 mod server;
 mod verdict;
+mod waiting;
 
 use std::process::ExitCode;
 
@@ -55,6 +63,9 @@ fn main() -> Result<ExitCode> {
     // without a pause would hold back the tasks that it wakes.
     let measured = runtime.block_on(rounds::run(&plan))?;
     let report = Report::new(facts, measured);
+    if let Some(path) = &plan.json {
+        report::json::save(&report, path)?;
+    }
     match plan.output {
         Output::Table => report::table::print(&report)?,
         Output::Json => report::json::print(&report)?,

@@ -1,6 +1,9 @@
-//! What the kernel knows of a process: CPU seconds, bytes sent to the disk.
+//! What the kernel knows of a process: CPU seconds, bytes sent to the disk, anonymous memory.
 
 use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,6 +24,51 @@ pub fn disk_bytes(pid: u32) -> Result<u64> {
         .find_map(|line| line.strip_prefix("write_bytes: ")?.parse().ok())
         .with_context(|| format!("{path} has no write_bytes"))
 }
+
+/// Anonymous memory that a process has resident, in bytes.
+pub fn anon_bytes(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = fs::read_to_string(&path).with_context(|| format!("{path} cannot be read"))?;
+    let kib = text.lines().find_map(|line| {
+        let value = line.strip_prefix("RssAnon:")?.trim();
+        value.strip_suffix(" kB")?.trim().parse::<u64>().ok()
+    });
+    Ok(kib.with_context(|| format!("{path} has no RssAnon"))? << 10)
+}
+
+/// Looks at a process's anonymous memory from time to time, and keeps the most.
+pub struct AnonPeak {
+    over: Arc<AtomicBool>,
+    watcher: JoinHandle<u64>,
+}
+
+impl AnonPeak {
+    pub fn watch(pid: u32) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&over);
+        let watcher = std::thread::spawn(move || {
+            let mut most = 0;
+            // A process that has ended has no memory.
+            while let Ok(now) = anon_bytes(pid) {
+                most = most.max(now);
+                if told.load(Ordering::Relaxed) {
+                    break;
+                }
+                std::thread::sleep(ANON_STEP);
+            }
+            most
+        });
+        Self { over, watcher }
+    }
+
+    /// Stops looking; the most that was seen, in bytes.
+    pub fn end(self) -> u64 {
+        self.over.store(true, Ordering::Relaxed);
+        self.watcher.join().unwrap_or_default()
+    }
+}
+
+const ANON_STEP: Duration = Duration::from_millis(20);
 
 /// Fields 14 and 15 (proc_pid_stat(5)). The command, field 2, stands in parentheses and may hold
 /// anything.

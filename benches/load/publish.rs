@@ -1,7 +1,7 @@
 //! Publishing: a window of unacknowledged messages over some producers, or one message at a time.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -11,15 +11,15 @@ use millpond_client::{Client, Message, Producer, Receipt, TopicConfig};
 use crate::sample::{Meter, Sample};
 use crate::scenarios::Bench;
 
-/// Messages that each producer may at least have on their way.
-const WINDOW_EACH_MIN: usize = 64;
-
 /// Keeps a window of messages on their way to `topics` topics, turn by turn.
-pub async fn pipelined(bench: &Bench<'_>, topics: usize, message_bytes: usize) -> Result<Sample> {
+pub async fn pipelined(
+    bench: &Bench<'_>,
+    topics: usize,
+    message_bytes: usize,
+    window: usize,
+) -> Result<Sample> {
     let client = bench.connect("bench-publisher").await?;
     let pace = bench.plan.pace;
-    // Every producer pipelines, however many there are.
-    let window = bench.plan.window.max(topics * WINDOW_EACH_MIN);
     let mut pump = Pump::open(&client, topics, message_bytes, window).await?;
     let messages_max = pace.bytes_max / message_bytes as u64;
     pump.run(Instant::now() + pace.warm_up, messages_max, None)
@@ -60,11 +60,14 @@ pub async fn alone(bench: &Bench<'_>, message_bytes: usize) -> Result<Sample> {
 /// Some producers and what they have not had an answer to: at most `window` messages.
 pub struct Pump {
     producers: Vec<Producer>,
-    message: Message,
+    make: MakeMessage,
     window: usize,
     sent: u64,
     waiting: VecDeque<Waiting>,
 }
+
+/// The message with this number.
+type MakeMessage = Box<dyn Fn(u64) -> Message + Send>;
 
 struct Waiting {
     receipt: Receipt,
@@ -85,13 +88,35 @@ impl Pump {
             .buffered(OPENING_MAX)
             .try_collect()
             .await?;
-        Ok(Self {
+        Ok(Self::over(producers, message(message_bytes), window))
+    }
+
+    /// Publishes copies of one message over these producers.
+    pub fn over(producers: Vec<Producer>, message: Message, window: usize) -> Self {
+        Self {
             producers,
-            message: message(message_bytes),
+            make: Box::new(move |_| message.clone()),
             window,
             sent: 0,
             waiting: VecDeque::with_capacity(window),
-        })
+        }
+    }
+
+    /// The same with other messages.
+    pub fn making(mut self, make: impl Fn(u64) -> Message + Send + 'static) -> Self {
+        self.make = Box::new(make);
+        self
+    }
+
+    /// Publishes so many and waits for all of them.
+    pub async fn publish(&mut self, messages: u64) -> Result<()> {
+        let window = self.window as u64;
+        if messages > window {
+            self.run(Instant::now() + FOREVER, messages - window, None)
+                .await?;
+        }
+        self.drain().await?;
+        Ok(())
     }
 
     /// Publishes until a time or a number of acknowledgements; how many came. Each is awaited, and
@@ -148,7 +173,7 @@ impl Pump {
         while self.waiting.len() < self.window {
             let turn = self.sent as usize % self.producers.len();
             let since = self.sent.is_multiple_of(SAMPLE_EVERY).then(Instant::now);
-            let receipt = self.producers[turn].enqueue(self.message.clone()).await?;
+            let receipt = self.producers[turn].enqueue((self.make)(self.sent)).await?;
             self.waiting.push_back(Waiting { receipt, since });
             self.sent += 1;
         }
@@ -176,3 +201,7 @@ pub async fn open(client: &Client, topic: &str) -> Result<Producer> {
 const OPENING_MAX: usize = 64;
 /// One message in so many has its latency taken.
 const SAMPLE_EVERY: u64 = 16;
+/// Longer than any scenario may take.
+const FOREVER: Duration = Duration::from_secs(86_400);
+/// The payload of a small message.
+pub const MESSAGE_BYTES_SMALL: usize = 128;

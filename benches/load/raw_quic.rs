@@ -1,7 +1,8 @@
 //! Raw quinn between two processes: the floor under any protocol over QUIC.
 //!
 //! A bidirectional stream begins with one byte that says what it is: a bulk stream is read to its end
-//! and answered with one byte, an echo stream gets back what it sends. The transport is the broker's
+//! and answered with one byte, an echo stream gets back what it sends, a window stream names the size
+//! of its messages and is told, after each read, how many whole ones have come. The transport is the broker's
 //! and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
 
 use std::net::SocketAddr;
@@ -122,6 +123,37 @@ impl Raw {
         Ok(())
     }
 
+    /// Keeps `window` messages of one size without an answer on one stream; what may go goes as one
+    /// write, as a client that batches would do it.
+    pub async fn windowed(
+        &self,
+        message_bytes: usize,
+        window: u64,
+        time: Duration,
+        meter: &mut Meter,
+    ) -> Result<()> {
+        let (mut send, mut receive) = self.connection.open_bi().await?;
+        let size = u32::try_from(message_bytes)?;
+        send.write_all(&[WINDOW]).await?;
+        send.write_all(&size.to_le_bytes()).await?;
+        let messages = Bytes::from(vec![0x5a; window as usize * message_bytes]);
+        let (mut sent, mut answered) = (0, 0);
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            let free = (answered + window - sent) as usize;
+            send.write_chunk(messages.slice(..free * message_bytes))
+                .await?;
+            sent += free as u64;
+            let mut told = [0; size_of::<u64>()];
+            receive.read_exact(&mut told).await?;
+            let told = u64::from_le_bytes(told);
+            meter.count(told - answered);
+            answered = told;
+        }
+        send.finish()?;
+        Ok(())
+    }
+
     pub async fn close(self) {
         self.connection.close(0_u32.into(), b"");
         self.endpoint.wait_idle().await;
@@ -131,18 +163,41 @@ impl Raw {
 async fn serve(mut send: quinn::SendStream, mut receive: quinn::RecvStream) -> Result<()> {
     let mut kind = [0; 1];
     receive.read_exact(&mut kind).await?;
-    if kind == [BULK] {
-        let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
-        while receive.read_chunks(&mut chunks).await?.is_some() {}
-        send.write_all(&[BULK]).await?;
-    } else {
-        while let Some(chunk) = receive.read_chunk(ECHO_BYTES, true).await? {
-            send.write_chunk(chunk.bytes).await?;
+    match kind {
+        [BULK] => {
+            let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
+            while receive.read_chunks(&mut chunks).await?.is_some() {}
+            send.write_all(&[BULK]).await?;
+        }
+        [WINDOW] => count(&mut send, &mut receive).await?,
+        _ => {
+            while let Some(chunk) = receive.read_chunk(ECHO_BYTES, true).await? {
+                send.write_chunk(chunk.bytes).await?;
+            }
         }
     }
     send.finish()?;
     // Lets the last bytes arrive before the stream is dropped.
     send.stopped().await?;
+    Ok(())
+}
+
+/// Tells the other side, after each read, how many whole messages have come.
+async fn count(send: &mut quinn::SendStream, receive: &mut quinn::RecvStream) -> Result<()> {
+    let mut size = [0; size_of::<u32>()];
+    receive.read_exact(&mut size).await?;
+    let size = u64::from(u32::from_le_bytes(size));
+    ensure!(size > 0, "a message has bytes");
+    let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
+    let (mut bytes, mut told) = (0, 0);
+    while let Some(read) = receive.read_chunks(&mut chunks).await? {
+        bytes += chunks[..read].iter().map(|c| c.len() as u64).sum::<u64>();
+        let whole = bytes / size;
+        if whole > told {
+            told = whole;
+            send.write_all(&whole.to_le_bytes()).await?;
+        }
+    }
     Ok(())
 }
 
@@ -178,6 +233,7 @@ fn provider() -> Arc<CryptoProvider> {
 const ALPN: &[u8] = b"millpond-bench-raw";
 const BULK: u8 = b'b';
 const ECHO: u8 = b'e';
+const WINDOW: u8 = b'w';
 const BULK_CHUNK_BYTES: usize = 256 << 10;
 /// The size of a round trip's message.
 pub const ECHO_BYTES: usize = 128;

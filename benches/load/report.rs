@@ -3,17 +3,22 @@
 pub mod json;
 pub mod table;
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use serde::Serialize;
 
 use crate::machine::Facts;
 use crate::rounds::{Measured, Row};
 use crate::sample::Sample;
-use crate::verdict::{self, FloorRatio, Verdict};
+use crate::scenarios::Scenario;
+use crate::verdict::{self, Headline, Verdict};
 
 #[derive(Serialize)]
 pub struct Report {
     pub facts: Facts,
     pub floors: Vec<Line>,
+    /// By name: value, floor, ratio.
+    pub workloads: BTreeMap<&'static str, Headline>,
     pub scenarios: Vec<Line>,
     pub verdicts: Vec<Verdict>,
 }
@@ -25,7 +30,7 @@ pub struct Line {
     pub what: &'static str,
     /// `None` if every round failed.
     pub summary: Option<Summary>,
-    pub floor_ratio: Option<FloorRatio>,
+    pub headline: Option<Headline>,
     pub rounds: Vec<Round>,
 }
 
@@ -46,6 +51,9 @@ pub struct Summary {
     pub p999_us: Option<Spread>,
     pub server_cpu_s_per_million: Option<Spread>,
     pub client_cpu_s_per_million: Spread,
+    pub server_anon_mib: Option<Spread>,
+    /// What the scenario measures beside that.
+    pub figures: BTreeMap<&'static str, Spread>,
 }
 
 #[derive(Copy, Clone, Debug, Serialize)]
@@ -58,13 +66,20 @@ pub struct Spread {
 impl Report {
     pub fn new(facts: Facts, measured: Measured) -> Self {
         let verdicts = verdict::verdicts(&measured);
-        let ratios: Vec<_> = measured
+        let headline = |kind: Scenario| verdict::headline(&measured, kind);
+        let headlines: Vec<_> = measured
             .scenarios
             .iter()
-            .map(|row| verdict::floor_ratio(&measured, row))
+            .map(|row| headline(row.kind))
+            .collect();
+        let workloads = measured
+            .scenarios
+            .iter()
+            .filter_map(|row| Some((row.kind.name(), headline(row.kind)?)))
             .collect();
         Self {
             facts,
+            workloads,
             floors: measured
                 .floors
                 .into_iter()
@@ -73,8 +88,8 @@ impl Report {
             scenarios: measured
                 .scenarios
                 .into_iter()
-                .zip(ratios)
-                .map(|(row, ratio)| Line::new(row.kind.name(), row.kind.what(), row, ratio))
+                .zip(headlines)
+                .map(|(row, headline)| Line::new(row.kind.name(), row.kind.what(), row, headline))
                 .collect(),
             verdicts,
         }
@@ -96,13 +111,13 @@ impl Line {
         name: &'static str,
         what: &'static str,
         row: Row<K>,
-        floor_ratio: Option<FloorRatio>,
+        headline: Option<Headline>,
     ) -> Self {
         Self {
             name,
             what,
             summary: Summary::of(&row),
-            floor_ratio,
+            headline,
             rounds: row
                 .samples
                 .into_iter()
@@ -127,8 +142,19 @@ impl Summary {
                 row.good().filter_map(Sample::server_cpu_s_per_million),
             ),
             client_cpu_s_per_million: Spread::of(row.good().map(Sample::client_cpu_s_per_million))?,
+            server_anon_mib: Spread::of(row.good().filter_map(|s| s.server_anon_mib)),
+            figures: figures(row),
         })
     }
+}
+
+fn figures<K>(row: &Row<K>) -> BTreeMap<&'static str, Spread> {
+    let names: BTreeSet<_> = row.good().flat_map(|s| s.figures.keys().copied()).collect();
+    let spread = |name| Spread::of(row.good().filter_map(|s| s.figures.get(name).copied()));
+    names
+        .into_iter()
+        .filter_map(|name| Some((name, spread(name)?)))
+        .collect()
 }
 
 impl Spread {

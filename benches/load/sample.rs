@@ -1,14 +1,15 @@
 //! What one measurement found, and the meter that takes it.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 
 use crate::latency::{Latencies, Percentiles};
-use crate::proc_stat::cpu_time;
+use crate::proc_stat::{AnonPeak, cpu_time};
 
 /// One measurement of one floor or scenario.
-#[derive(Copy, Clone, Debug, serde::Serialize)]
+#[derive(Clone, Debug, serde::Serialize)]
 pub struct Sample {
     /// Durable messages, round trips or syncs.
     pub operations: u64,
@@ -19,9 +20,19 @@ pub struct Sample {
     /// CPU seconds of the serving process, if there is one.
     pub server_cpu_s: Option<f64>,
     pub client_cpu_s: f64,
+    /// The most anonymous memory that the serving process had resident, in MiB.
+    pub server_anon_mib: Option<f64>,
+    /// What this scenario measures beside that, by name with its unit.
+    pub figures: BTreeMap<&'static str, f64>,
 }
 
 impl Sample {
+    /// The same with a figure more.
+    pub fn with(mut self, name: &'static str, value: f64) -> Self {
+        self.figures.insert(name, value);
+        self
+    }
+
     pub fn per_second(&self) -> f64 {
         self.operations as f64 / self.seconds
     }
@@ -50,6 +61,7 @@ pub struct Meter {
     began: Instant,
     server_cpu: Duration,
     client_cpu: Duration,
+    anon: Option<AnonPeak>,
     operations: u64,
     latencies: Latencies,
 }
@@ -62,6 +74,7 @@ impl Meter {
             server,
             server_cpu,
             client_cpu: cpu_time(std::process::id())?,
+            anon: server.map(AnonPeak::watch),
             operations: 0,
             latencies: Latencies::new(),
             began: Instant::now(),
@@ -96,6 +109,8 @@ impl Meter {
                 .map(|pid| used(pid, self.server_cpu))
                 .transpose()?,
             client_cpu_s: used(std::process::id(), self.client_cpu)?,
+            server_anon_mib: self.anon.map(|peak| peak.end() as f64 / f64::from(1 << 20)),
+            figures: BTreeMap::new(),
         })
     }
 }

@@ -1,123 +1,267 @@
-//! Ratios between what was measured in the same round, and what is claimed of them.
+//! Each scenario's value, the floor under it, and what is claimed of both, within one round.
 
 use serde::Serialize;
 
-use crate::floors::Floor;
+use crate::floors::{Floor, WINDOW};
 use crate::report::Spread;
-use crate::rounds::{Measured, Row};
+use crate::rounds::Measured;
 use crate::sample::Sample;
 use crate::scenarios::Scenario;
 
-/// A claim that a ratio is at least so much.
+/// A scenario's headline: its value, its floor in the same unit, and their ratio.
+#[derive(Clone, Debug, Serialize)]
+pub struct Headline {
+    pub value: Spread,
+    pub unit: &'static str,
+    /// What the machine gave to the same work without a broker, where there is such a thing.
+    pub floor: Option<Spread>,
+    pub ratio: Option<Spread>,
+}
+
+/// Something that is claimed, and what was found.
 #[derive(Clone, Debug, Serialize)]
 pub struct Verdict {
     pub claim: &'static str,
-    pub least: f64,
-    pub ratio: Spread,
+    pub bound: Bound,
+    pub found: Spread,
     pub met: bool,
 }
 
-/// The claims that this run has measured both sides of.
-pub fn verdicts(measured: &Measured) -> Vec<Verdict> {
-    let bulk = measured.floor(Floor::QuinnBulk);
-    let publish = measured.scenario(Scenario::Publish1k);
-    let of_bulk = |row| {
-        rounds(row, bulk?, |own, floor| {
-            own.mb_per_second() / floor.mb_per_second()
-        })
-    };
-    let of_publish = |row| {
-        rounds(row, publish?, |own, other| {
-            own.per_second() / other.per_second()
-        })
-    };
-    [
-        (
-            "1 KiB publishes in MB/s, of raw quinn bulk",
-            LEAST_OF_BULK,
-            publish.and_then(of_bulk),
-        ),
-        (
-            "1 KiB messages acked one by one, of the publish rate",
-            LEAST_OF_PUBLISH,
-            measured
-                .scenario(Scenario::ConsumeAck1k)
-                .and_then(of_publish),
-        ),
-        (
-            "1,000 topics, of one topic",
-            LEAST_OF_ONE_TOPIC,
-            measured.scenario(Scenario::Topics1000).and_then(of_publish),
-        ),
-    ]
-    .into_iter()
-    .filter_map(|(claim, least, ratio)| {
-        let ratio = ratio?;
-        Some(Verdict {
-            claim,
-            least,
-            met: ratio.median >= least,
-            ratio,
-        })
-    })
-    .collect()
+#[derive(Copy, Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Bound {
+    AtLeast(f64),
+    AtMost(f64),
 }
 
-/// What a scenario is of its floor: throughput of raw bulk, or latency over a round trip and a sync.
-#[derive(Clone, Debug, Serialize)]
-pub struct FloorRatio {
-    pub floor: &'static str,
-    pub ratio: Spread,
-}
-
-/// `None` if the floor was not measured.
-pub fn floor_ratio(measured: &Measured, row: &Row<Scenario>) -> Option<FloorRatio> {
-    match row.kind {
-        Scenario::AckAlone | Scenario::EndToEnd => {
-            let trip = measured.floor(Floor::QuinnRoundTrip)?;
-            let sync = measured.floor(Floor::Sync4k)?;
-            let floors = trip.samples.iter().zip(&sync.samples);
-            let ratios = row
-                .samples
-                .iter()
-                .zip(floors)
-                .filter_map(|(own, (trip, sync))| Some(p50(own)? / (p50(trip)? + p50(sync)?)));
-            let ratio = Spread::of(ratios)?;
-            Some(FloorRatio {
-                floor: "p50 over round trip + sync_4k",
-                ratio,
-            })
-        }
-        _ => {
-            let bulk = measured.floor(Floor::QuinnBulk)?;
-            let ratio = rounds(row, bulk, |own, floor| {
-                own.mb_per_second() / floor.mb_per_second()
-            })?;
-            Some(FloorRatio {
-                floor: "MB/s of quinn_bulk",
-                ratio,
-            })
+impl Bound {
+    fn is_met(self, found: f64) -> bool {
+        match self {
+            Self::AtLeast(least) => found >= least,
+            Self::AtMost(most) => found <= most,
         }
     }
 }
 
-fn rounds<A, B>(
-    one: &Row<A>,
-    other: &Row<B>,
-    ratio: impl Fn(&Sample, &Sample) -> f64,
-) -> Option<Spread> {
-    let pairs = one.samples.iter().zip(&other.samples);
-    Spread::of(pairs.filter_map(|pair| match pair {
-        (Ok(one), Ok(other)) => Some(ratio(one, other)),
-        _ => None,
-    }))
+/// What one round measured.
+#[derive(Copy, Clone)]
+struct Round<'a> {
+    measured: &'a Measured,
+    nth: usize,
 }
 
-fn p50(sample: &Result<Sample, String>) -> Option<f64> {
-    Some(sample.as_ref().ok()?.latency?.p50_us)
+impl Round<'_> {
+    fn floor(&self, kind: Floor) -> Option<&Sample> {
+        let row = self.measured.floor(kind)?;
+        row.samples.get(self.nth)?.as_ref().ok()
+    }
+
+    fn scenario(&self, kind: Scenario) -> Option<&Sample> {
+        let row = self.measured.scenario(kind)?;
+        row.samples.get(self.nth)?.as_ref().ok()
+    }
+
+    fn figure(&self, kind: Scenario, name: &str) -> Option<f64> {
+        self.scenario(kind)?.figures.get(name).copied()
+    }
+
+    fn rate(&self, kind: Scenario) -> Option<f64> {
+        Some(self.scenario(kind)?.per_second())
+    }
+
+    fn quinn(&self, kind: Floor) -> Option<f64> {
+        Some(self.floor(kind)?.per_second())
+    }
+
+    /// The round trip and so many syncs, in microseconds.
+    fn trip_and_syncs(&self, sync: Floor, syncs: f64) -> Option<f64> {
+        let trip = self.floor(Floor::QuinnRoundTrip)?.latency?.p50_us;
+        Some(trip + syncs * self.floor(sync)?.latency?.p50_us)
+    }
+
+    /// A windowed publish can be no faster than quinn, nor than its window allows.
+    fn windowed(&self, quinn: Floor, window: u64, sync: Floor) -> Option<f64> {
+        let each_us = self.trip_and_syncs(sync, 1.5)? / window as f64;
+        Some(self.quinn(quinn)?.min(1e6 / each_us))
+    }
+
+    fn value(&self, kind: Scenario) -> Option<f64> {
+        let sample = self.scenario(kind)?;
+        match kind {
+            Scenario::BulkIn | Scenario::BulkOut => Some(sample.mb_per_second()),
+            Scenario::AckAlone | Scenario::EndToEnd => Some(sample.latency?.p50_us),
+            Scenario::RetryStorm => Some(sample.latency?.p99_us / 1e3),
+            Scenario::Scheduled => self.figure(kind, "bytes_each"),
+            Scenario::Restart => self.figure(kind, "ms"),
+            Scenario::Connections => self.figure(kind, "kib_each"),
+            Scenario::Idle => self.figure(kind, "core_percent"),
+            _ => Some(sample.per_second()),
+        }
+    }
+
+    fn floor_under(&self, kind: Scenario) -> Option<f64> {
+        let bulk = || Some(self.floor(Floor::QuinnBulk)?.mb_per_second());
+        match kind {
+            Scenario::Publish1k => self.windowed(Floor::Quinn1k, WINDOW, Floor::Sync64k),
+            Scenario::Publish128 => self.windowed(Floor::Quinn128, WINDOW, Floor::Sync4k),
+            Scenario::Publish1kDeep
+            | Scenario::Publish1k8
+            | Scenario::Topics1000
+            | Scenario::ConsumeAck1k => self.quinn(Floor::Quinn1kDeep),
+            Scenario::Publish128Deep | Scenario::ConsumeAck128 => self.quinn(Floor::Quinn128Deep),
+            Scenario::BulkIn | Scenario::BulkOut => bulk(),
+            Scenario::AckAlone | Scenario::EndToEnd => self.trip_and_syncs(Floor::Sync4k, 1.0),
+            _ => None,
+        }
+    }
+
+    fn ratio(&self, kind: Scenario) -> Option<f64> {
+        Some(self.value(kind)? / self.floor_under(kind)?)
+    }
 }
 
-/// Within two times.
-const LEAST_OF_BULK: f64 = 0.5;
-const LEAST_OF_PUBLISH: f64 = 1.0;
-const LEAST_OF_ONE_TOPIC: f64 = 0.8;
+fn unit(kind: Scenario) -> &'static str {
+    match kind {
+        Scenario::BulkIn | Scenario::BulkOut => "MB/s",
+        Scenario::AckAlone | Scenario::EndToEnd => "us p50",
+        Scenario::RetryStorm => "ms late p99",
+        Scenario::Scheduled => "bytes each",
+        Scenario::Restart => "ms",
+        Scenario::Connections => "KiB each",
+        Scenario::Idle => "% of a core",
+        _ => "msg/s",
+    }
+}
+
+/// `None` if the scenario failed in every round.
+pub fn headline(measured: &Measured, kind: Scenario) -> Option<Headline> {
+    let each = |value: fn(Round<'_>, Scenario) -> Option<f64>| {
+        Spread::of(rounds(measured).filter_map(|round| value(round, kind)))
+    };
+    Some(Headline {
+        value: each(|round, kind| round.value(kind))?,
+        unit: unit(kind),
+        floor: each(|round, kind| round.floor_under(kind)),
+        ratio: each(|round, kind| round.ratio(kind)),
+    })
+}
+
+/// The claims of which this run has measured everything that they are about.
+pub fn verdicts(measured: &Measured) -> Vec<Verdict> {
+    CLAIMS
+        .iter()
+        .filter_map(|&(claim, bound, find)| {
+            let found = Spread::of(rounds(measured).filter_map(|round| find(&round)))?;
+            Some(Verdict {
+                claim,
+                bound,
+                met: bound.is_met(found.median),
+                found,
+            })
+        })
+        .collect()
+}
+
+fn rounds(measured: &Measured) -> impl Iterator<Item = Round<'_>> {
+    let count = measured.scenarios.iter().map(|row| row.samples.len()).max();
+    (0..count.unwrap_or(0)).map(move |nth| Round { measured, nth })
+}
+
+type Claim = (&'static str, Bound, fn(&Round<'_>) -> Option<f64>);
+
+use Bound::{AtLeast, AtMost};
+use Scenario as S;
+
+const CLAIMS: &[Claim] = &[
+    ("publish_1k, of its floor", AtLeast(0.6), |r| {
+        r.ratio(S::Publish1k)
+    }),
+    ("publish_1k_deep, of quinn", AtLeast(0.75), |r| {
+        r.ratio(S::Publish1kDeep)
+    }),
+    (
+        "publish_1k_deep in MB/s, of raw quinn bulk",
+        AtLeast(0.5),
+        |r| {
+            let bulk = r.floor(Floor::QuinnBulk)?.mb_per_second();
+            Some(r.scenario(S::Publish1kDeep)?.mb_per_second() / bulk)
+        },
+    ),
+    ("publish_128 a second", AtLeast(0.7e6), |r| {
+        r.rate(S::Publish128)
+    }),
+    ("publish_128_deep a second", AtLeast(1.5e6), |r| {
+        r.rate(S::Publish128Deep)
+    }),
+    ("publish_1k_8, of publish_1k", AtLeast(1.0), |r| {
+        Some(r.rate(S::Publish1k8)? / r.rate(S::Publish1k)?)
+    }),
+    ("topics_1000, of publish_1k_deep", AtLeast(0.9), |r| {
+        Some(r.rate(S::Topics1000)? / r.rate(S::Publish1kDeep)?)
+    }),
+    ("consume_ack_1k, of publish_1k_deep", AtLeast(1.0), |r| {
+        Some(r.rate(S::ConsumeAck1k)? / r.rate(S::Publish1kDeep)?)
+    }),
+    ("consume_ack_1k, of quinn", AtLeast(0.6), |r| {
+        r.ratio(S::ConsumeAck1k)
+    }),
+    ("consume_ack_128 a second", AtLeast(1.0e6), |r| {
+        r.rate(S::ConsumeAck128)
+    }),
+    ("bulk_in, of raw quinn bulk", AtLeast(0.85), |r| {
+        r.ratio(S::BulkIn)
+    }),
+    ("bulk_out, of raw quinn bulk", AtLeast(0.85), |r| {
+        r.ratio(S::BulkOut)
+    }),
+    (
+        "ack_alone p50, of a round trip and a sync",
+        AtMost(1.4),
+        |r| r.ratio(S::AckAlone),
+    ),
+    ("end_to_end p50 in us", AtMost(200.0), |r| {
+        r.value(S::EndToEnd)
+    }),
+    ("end_to_end p99 in us", AtMost(700.0), |r| {
+        Some(r.scenario(S::EndToEnd)?.latency?.p99_us)
+    }),
+    ("retry_storm lateness p99 in ms", AtMost(10.0), |r| {
+        r.value(S::RetryStorm)
+    }),
+    ("retry_storm early ones", AtMost(0.0), |r| {
+        r.figure(S::RetryStorm, "early")
+    }),
+    ("scheduled bytes each", AtMost(24.0), |r| {
+        r.value(S::Scheduled)
+    }),
+    (
+        "publishing beside scheduled ones, of without",
+        AtLeast(0.9),
+        |r| r.figure(S::Scheduled, "publish_ratio"),
+    ),
+    (
+        "publishing on a deep backlog, of without",
+        AtLeast(0.9),
+        |r| r.figure(S::Backlog, "publish_ratio"),
+    ),
+    (
+        "consuming from a deep backlog, of without",
+        AtLeast(0.9),
+        |r| r.figure(S::Backlog, "consume_ratio"),
+    ),
+    ("memory with a deep backlog in MiB", AtMost(1_024.0), |r| {
+        r.scenario(S::Backlog)?.server_anon_mib
+    }),
+    ("restart in ms", AtMost(150.0), |r| r.value(S::Restart)),
+    ("idle consumers' KiB each", AtMost(32.0), |r| {
+        r.value(S::Connections)
+    }),
+    (
+        "publishing beside idle consumers, of without",
+        AtLeast(0.9),
+        |r| r.figure(S::Connections, "publish_ratio"),
+    ),
+    ("idle broker, percent of a core", AtMost(0.5), |r| {
+        r.value(S::Idle)
+    }),
+];

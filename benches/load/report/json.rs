@@ -1,14 +1,25 @@
 //! The report for programs: everything, every round.
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::report::Report;
 
 pub fn print(report: &Report) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, report)?;
+    write_to(report, &mut std::io::stdout().lock())
+}
+
+pub fn save(report: &Report, path: &Path) -> Result<()> {
+    let file = File::create(path).with_context(|| format!("{} cannot be made", path.display()))?;
+    write_to(report, &mut BufWriter::new(file))
+}
+
+fn write_to(report: &Report, out: &mut impl Write) -> Result<()> {
+    serde_json::to_writer_pretty(&mut *out, report)?;
     writeln!(out)?;
+    out.flush()?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::io::Write;
 use anyhow::Result;
 
 use crate::report::{Line, Report, Round, Spread, Summary};
+use crate::verdict::{Bound, Headline};
 
 pub fn print(report: &Report) -> Result<()> {
     let mut out = std::io::stdout().lock();
@@ -13,7 +14,7 @@ pub fn print(report: &Report) -> Result<()> {
     }
     writeln!(
         out,
-        "medians of the rounds, (lowest-highest); CPU s per million, server + client\n"
+        "medians of the rounds, (lowest-highest); CPU s per million, server + client; MiB, server's anonymous peak\n"
     )?;
     for (title, lines) in [("floors", &report.floors), ("scenarios", &report.scenarios)] {
         if lines.is_empty() {
@@ -21,8 +22,8 @@ pub fn print(report: &Report) -> Result<()> {
         }
         writeln!(
             out,
-            "{title:<16} {:>9} {:>21} {:>8} {:>9} {:>9} {:>9} {:>13}",
-            "k/s", "(k/s)", "MB/s", "p50 us", "p99 us", "p99.9 us", "CPU s/M"
+            "{title:<16} {:>9} {:>21} {:>8} {:>9} {:>9} {:>9} {:>13} {:>6}",
+            "k/s", "(k/s)", "MB/s", "p50 us", "p99 us", "p99.9 us", "CPU s/M", "MiB"
         )?;
         for line in lines {
             write_line(&mut out, line)?;
@@ -31,12 +32,12 @@ pub fn print(report: &Report) -> Result<()> {
     }
     for verdict in &report.verdicts {
         let met = if verdict.met { "met" } else { "NOT met" };
-        let ratio = ratio(&verdict.ratio);
-        writeln!(
-            out,
-            "{met:>7}: {} >= {}: {ratio}",
-            verdict.claim, verdict.least
-        )?;
+        let bound = match verdict.bound {
+            Bound::AtLeast(least) => format!(">= {least}"),
+            Bound::AtMost(most) => format!("<= {most}"),
+        };
+        let found = range(&verdict.found);
+        writeln!(out, "{met:>7}: {} {bound}: {found}", verdict.claim)?;
     }
     out.flush()?;
     Ok(())
@@ -48,8 +49,11 @@ fn write_line(out: &mut impl Write, line: &Line) -> Result<()> {
         None => writeln!(out, "{:<16} failed", line.name)?,
     }
     writeln!(out, "    {}", line.what)?;
-    if let Some(found) = &line.floor_ratio {
-        writeln!(out, "    {}: {}", found.floor, ratio(&found.ratio))?;
+    if let Some(found) = &line.headline {
+        write_headline(out, found)?;
+    }
+    for (name, spread) in line.summary.iter().flat_map(|summary| &summary.figures) {
+        writeln!(out, "    {name}: {}", range(spread))?;
     }
     for round in &line.rounds {
         if let Round::Failed(error) = round {
@@ -59,12 +63,21 @@ fn write_line(out: &mut impl Write, line: &Line) -> Result<()> {
     Ok(())
 }
 
+fn write_headline(out: &mut impl Write, found: &Headline) -> Result<()> {
+    write!(out, "    {}: {}", found.unit, range(&found.value))?;
+    if let (Some(floor), Some(ratio)) = (&found.floor, &found.ratio) {
+        write!(out, ", floor {}, ratio {}", range(floor), range(ratio))?;
+    }
+    writeln!(out)?;
+    Ok(())
+}
+
 fn numbers(summary: &Summary) -> String {
     let rate = &summary.per_second;
     let spread = format!("({:.1}-{:.1})", rate.min / 1e3, rate.max / 1e3);
     let us = |spread: &Option<Spread>| median(spread, 0);
     format!(
-        "{:>9.1} {spread:>21} {:>8.1} {:>9} {:>9} {:>9} {:>13}",
+        "{:>9.1} {spread:>21} {:>8.1} {:>9} {:>9} {:>9} {:>13} {:>6}",
         rate.median / 1e3,
         summary.mb_per_second.median,
         us(&summary.p50_us),
@@ -75,6 +88,7 @@ fn numbers(summary: &Summary) -> String {
             median(&summary.server_cpu_s_per_million, 2),
             summary.client_cpu_s_per_million.median
         ),
+        median(&summary.server_anon_mib, 0),
     )
 }
 
@@ -85,6 +99,10 @@ fn median(spread: &Option<Spread>, digits: usize) -> String {
     )
 }
 
-fn ratio(spread: &Spread) -> String {
-    format!("{:.2} ({:.2}-{:.2})", spread.median, spread.min, spread.max)
+fn range(spread: &Spread) -> String {
+    let digits = if spread.median < 100.0 { 2 } else { 0 };
+    format!(
+        "{:.digits$} ({:.digits$}-{:.digits$})",
+        spread.median, spread.min, spread.max
+    )
 }

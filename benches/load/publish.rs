@@ -1,7 +1,7 @@
 //! Publishing: a window of unacknowledged messages over some producers, or one message at a time.
 
 use std::collections::VecDeque;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::Result;
 use bytes::Bytes;
@@ -110,10 +110,13 @@ impl Pump {
 
     /// Publishes so many and waits for all of them.
     pub async fn publish(&mut self, messages: u64) -> Result<()> {
-        let window = self.window as u64;
-        if messages > window {
-            self.run(Instant::now() + FOREVER, messages - window, None)
-                .await?;
+        for _ in 0..messages {
+            if self.waiting.len() == self.window
+                && let Some(Waiting { receipt, .. }) = self.waiting.pop_front()
+            {
+                receipt.await?;
+            }
+            self.push().await?;
         }
         self.drain().await?;
         Ok(())
@@ -171,12 +174,18 @@ impl Pump {
 
     async fn fill(&mut self) -> Result<()> {
         while self.waiting.len() < self.window {
-            let turn = self.sent as usize % self.producers.len();
-            let since = self.sent.is_multiple_of(SAMPLE_EVERY).then(Instant::now);
-            let receipt = self.producers[turn].enqueue((self.make)(self.sent)).await?;
-            self.waiting.push_back(Waiting { receipt, since });
-            self.sent += 1;
+            self.push().await?;
         }
+        Ok(())
+    }
+
+    async fn push(&mut self) -> Result<()> {
+        let turn = self.sent as usize % self.producers.len();
+        let since = self.sent.is_multiple_of(SAMPLE_EVERY).then(Instant::now);
+        let message = (self.make)(self.sent);
+        let receipt = self.producers[turn].enqueue(message).await?;
+        self.waiting.push_back(Waiting { receipt, since });
+        self.sent += 1;
         Ok(())
     }
 }
@@ -201,7 +210,5 @@ pub async fn open(client: &Client, topic: &str) -> Result<Producer> {
 const OPENING_MAX: usize = 64;
 /// One message in so many has its latency taken.
 const SAMPLE_EVERY: u64 = 16;
-/// Longer than any scenario may take.
-const FOREVER: Duration = Duration::from_secs(86_400);
 /// The payload of a small message.
 pub const MESSAGE_BYTES_SMALL: usize = 128;

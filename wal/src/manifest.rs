@@ -215,7 +215,15 @@ impl State {
     }
 
     pub fn is_skipped(&self, index: LogIndex) -> bool {
-        self.skipped.iter().any(|range| range.contains(index))
+        self.skip_at(index).is_some()
+    }
+
+    /// The accepted loss that `index` lies in.
+    pub fn skip_at(&self, index: LogIndex) -> Option<IndexRange> {
+        self.skipped
+            .iter()
+            .find(|range| range.contains(index))
+            .copied()
     }
 
     /// Up to here every kept snapshot covers the log.
@@ -425,7 +433,7 @@ fn fold(bytes: &[u8]) -> Result<Folded, OpenError> {
         sequence: 0,
         crc: 0,
     };
-    while let Some(record) = decode(&bytes[folded.end as usize..])? {
+    while let Some(record) = decode(behind(bytes, folded.end))? {
         // The first record of a file starts the chain at any number.
         let first = folded.end == 0 && matches!(record.change, Change::Base(_));
         if !first && (record.sequence != folded.sequence + 1 || record.previous_crc != folded.crc) {
@@ -440,9 +448,14 @@ fn fold(bytes: &[u8]) -> Result<Folded, OpenError> {
     Ok(folded)
 }
 
+/// What follows `end`; nothing if the file was cut within the last record's padding.
+fn behind(bytes: &[u8], end: u64) -> &[u8] {
+    bytes.get(end as usize..).unwrap_or_default()
+}
+
 /// Good records behind the end were written after something that is bad now.
 fn refuse_hole(bytes: &[u8], folded: &Folded) -> Result<(), OpenError> {
-    let behind = &bytes[folded.end as usize..];
+    let behind = behind(bytes, folded.end);
     for at in (0..behind.len()).step_by(BLOCK_BYTES) {
         if let Ok(Some(record)) = decode(&behind[at..])
             && record.sequence > folded.sequence
@@ -621,6 +634,19 @@ mod tests {
         assert_eq!(manifest.state(), &before);
         manifest.append(began(3), LogIndex(3)).unwrap();
         assert_eq!(read(&storage).unwrap().state(), manifest.state());
+    }
+
+    #[test]
+    fn a_file_that_ends_within_the_padding_of_its_last_record_is_read_and_goes_on() {
+        let storage = SimStorage::new(1);
+        let mut manifest = create(&storage);
+        manifest.append(began(1), LogIndex(1)).unwrap();
+        let file = storage.open(NAME).unwrap();
+        file.set_len(at(1) + 512).unwrap();
+        let mut again = read(&storage).unwrap();
+        assert_eq!(again.state(), manifest.state());
+        again.append(began(2), LogIndex(2)).unwrap();
+        assert_eq!(read(&storage).unwrap().state(), again.state());
     }
 
     #[test]

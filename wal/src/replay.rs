@@ -128,13 +128,13 @@ impl<S: Storage> Log<S> {
     fn gap_to(&mut self, next: LogIndex) -> Option<IndexRange> {
         while self.applied.next() < next {
             let missing = self.applied.next();
-            if !self.manifest.state().is_skipped(missing) {
+            let Some(skipped) = self.manifest.state().skip_at(missing) else {
                 return Some(IndexRange {
                     first: missing,
                     last: next.previous(),
                 });
-            }
-            self.applied = missing;
+            };
+            self.applied = skipped.last.min(next.previous());
         }
         None
     }

@@ -49,7 +49,8 @@ pub(crate) struct Expect {
 /// Walks the segment. Every header with the right checksum is handed to `visit` with the entry's bytes
 /// if they are good.
 pub(crate) fn scan<F: StorageFile>(file: &F, expect: Expect) -> io::Result<Scan> {
-    let end = expect.end.map_or_else(|| file.len(), Ok)?;
+    // A cut behind the end of the file has nothing to walk over there.
+    let end = file.len()?.min(expect.end.unwrap_or(u64::MAX));
     let mut window = Window::new(file, end);
     let mut scan = Scan {
         spots: Vec::new(),
@@ -189,3 +190,26 @@ impl<'a, F: StorageFile> Window<'a, F> {
 }
 
 const WINDOW_BYTES: u64 = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::SimStorage;
+    use crate::storage::Storage;
+
+    #[test]
+    fn an_end_far_behind_the_file_ends_the_walk_with_the_file() {
+        let file = SimStorage::new(1).create("seg").unwrap();
+        file.set_len(64 << 10).unwrap();
+        let expect = Expect {
+            uuid: [1; 16],
+            epoch: 1,
+            first: LogIndex(1),
+            // A walk of this many blocks would take days.
+            end: Some(1 << 60),
+        };
+        let scan = scan(&file, expect).unwrap();
+        assert!(scan.spots.is_empty());
+        assert_eq!((scan.defect, scan.used_end), (None, ENTRIES_START));
+    }
+}

@@ -224,7 +224,8 @@ impl Queue {
         let Some(sub) = self.subscriptions.get_mut(&id) else {
             return unknown_subscription();
         };
-        let from = sub.age_floor.max(sub.floor);
+        let next = self.topics.get(&sub.topic).map_or(0, |topic| topic.next);
+        let (from, below) = (sub.age_floor.max(sub.floor), below.min(next));
         sub.age_floor = sub.age_floor.max(below);
         self.dirty.mark(dirty::subscription(id, 0));
         for offset in from..below {

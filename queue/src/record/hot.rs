@@ -11,6 +11,7 @@
 //! ```
 
 use millpond_protocol::hot::AckRun;
+use millpond_protocol::limits::SETTLE_OFFSETS_MAX;
 use millpond_protocol::{
     Delivery, Epoch, Offset, ProducerKey, Sequence, SessionId, SubscriptionId, TopicId,
 };
@@ -155,6 +156,11 @@ fn read(kind: u8, bytes: &[u8]) -> Option<Record<'_>> {
     let (rows, rest) =
         <[Row]>::ref_from_prefix_with_elems(rest, fixed.count.get() as usize).ok()?;
     if rows.iter().any(|row| overflows(kind, row)) {
+        return None;
+    }
+    // Each of them may have an answer of its own.
+    let offsets = rows.iter().map(|row| u64::from(row.b.get())).sum::<u64>();
+    if kind == kind::Settle && offsets > SETTLE_OFFSETS_MAX {
         return None;
     }
     if kind == kind::Lease {

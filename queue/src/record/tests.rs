@@ -1,4 +1,5 @@
 use super::*;
+use millpond_protocol::limits::SETTLE_OFFSETS_MAX;
 use proptest::prelude::*;
 
 fn bytes_of(record: &Record<'_>) -> Vec<u8> {
@@ -124,6 +125,25 @@ fn the_bytes_of_cold_records_are_fixed_for_ever() {
 #[test]
 fn a_kind_of_a_newer_version_is_named() {
     assert_eq!(Record::decode(200, &[]), Err(RecordError::Kind(200)));
+}
+
+#[test]
+fn a_settlement_of_more_offsets_than_any_frame_has_is_no_record() {
+    let settle = |run| Record::Settle {
+        subscription: SubscriptionId(3),
+        session: SessionId(5),
+        acks: vec![AckRun {
+            offset: Offset(0),
+            delivery: Delivery(1),
+            run,
+        }],
+        items: Vec::new(),
+    };
+    let most = settle(SETTLE_OFFSETS_MAX as u32);
+    assert_eq!(Record::decode(33, &bytes_of(&most)), Ok(most));
+    let more = bytes_of(&settle(SETTLE_OFFSETS_MAX as u32 + 1));
+    let error = RecordError::Layout { kind: 33 };
+    assert_eq!(Record::decode(33, &more), Err(error));
 }
 
 #[test]

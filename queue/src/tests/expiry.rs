@@ -1,6 +1,7 @@
 use millpond_protocol::control::DeadReason;
 
 use super::*;
+use crate::Expired;
 
 fn delayed(ms: u64) -> Message {
     let mut message = Message::new("x");
@@ -99,6 +100,22 @@ fn a_topics_time_to_live_holds_for_messages_that_name_none() {
     rig.publish(topic, 1);
     rig.run_for(11_200);
     assert_eq!(rig.view(sub).dead, 3);
+}
+
+#[test]
+fn an_age_beyond_the_end_of_the_topic_reaches_to_its_end() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 2);
+    rig.apply(&Record::Expire(Expired::MaxAge {
+        subscription: sub,
+        below: Offset(5),
+    }));
+    assert_eq!(rig.view(sub).dead, 2);
+    // What comes later is none of its business.
+    rig.publish(topic, 4);
+    assert_eq!((rig.view(sub).dead, rig.view(sub).backlog), (2, 4));
 }
 
 // SEMANTICS 2

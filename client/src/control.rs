@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use millpond_protocol::WireError;
 use millpond_protocol::control::{GoAway, Request, RequestFrame, Response, ResponseFrame};
 use millpond_protocol::frame::{Frame, FrameError, FrameType};
@@ -42,6 +42,9 @@ pub struct ControlStream {
     reader: FrameReader,
     asks: mpsc::Receiver<Ask>,
     pending: BTreeMap<u64, oneshot::Sender<Result<Response, Lost>>>,
+    /// The rest of the request that is being written. Answers are read meanwhile: a broker that
+    /// waits for them to be read takes no more requests.
+    unwritten: Bytes,
     last_id: u64,
     leaving: CancellationToken,
 }
@@ -58,6 +61,7 @@ impl ControlStream {
             reader,
             asks,
             pending: BTreeMap::new(),
+            unwritten: Bytes::new(),
             last_id: 0,
             leaving,
         };
@@ -72,8 +76,18 @@ impl ControlStream {
                     Ok(frame) => self.received(&frame),
                     Err(end) => Err(end),
                 },
-                Some(ask) = self.asks.recv(), if self.pending.len() < CONTROL_PENDING_MAX => {
-                    self.ask(ask).await
+                written = self.send.write(&self.unwritten), if !self.unwritten.is_empty() => {
+                    match written {
+                        Ok(bytes) => {
+                            self.unwritten.advance(bytes);
+                            Ok(())
+                        }
+                        Err(error) => Err(error.into()),
+                    }
+                }
+                Some(ask) = self.asks.recv(), if self.may_ask() => {
+                    self.ask(ask);
+                    Ok(())
                 }
             };
             if let Err(end) = step {
@@ -90,7 +104,11 @@ impl ControlStream {
         end
     }
 
-    async fn ask(&mut self, ask: Ask) -> Result<(), StreamEnd> {
+    fn may_ask(&self) -> bool {
+        self.unwritten.is_empty() && self.pending.len() < CONTROL_PENDING_MAX
+    }
+
+    fn ask(&mut self, ask: Ask) {
         self.pending.retain(|_, answer| !answer.is_closed());
         self.last_id += 1;
         let frame = RequestFrame {
@@ -98,21 +116,14 @@ impl ControlStream {
             request: ask.request,
         };
         match io::request(&frame) {
-            Ok(bytes) => self.write(bytes, ask.answer).await,
+            Ok(bytes) => {
+                self.pending.insert(self.last_id, ask.answer);
+                self.unwritten = bytes;
+            }
             Err(error) => {
                 let _ = ask.answer.send(Err(Lost::Unsendable(error)));
-                Ok(())
             }
         }
-    }
-
-    async fn write(
-        &mut self,
-        bytes: Bytes,
-        answer: oneshot::Sender<Result<Response, Lost>>,
-    ) -> Result<(), StreamEnd> {
-        self.pending.insert(self.last_id, answer);
-        Ok(self.send.write_chunk(bytes).await?)
     }
 
     fn received(&mut self, frame: &Frame) -> Result<(), StreamEnd> {

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use fake::{FakeBroker, patient};
 use millpond_client::{
-    Client, Error, ErrorClass, ErrorCode, Request, Response, TopicConfig, WireError,
+    Client, DeadFilter, Error, ErrorClass, ErrorCode, Offset, Request, Response, TopicConfig,
+    WireError,
 };
 use millpond_protocol::frame::FrameType;
 
@@ -87,6 +88,47 @@ async fn answers_find_their_questions_in_any_order() {
     }
     assert_eq!(patient(first).await.unwrap(), Ok("token of a".to_owned()));
     assert_eq!(patient(second).await.unwrap(), Ok("token of b".to_owned()));
+}
+
+/// Otherwise both sides could wait for each other to read.
+#[tokio::test]
+async fn answers_are_read_while_a_large_request_is_being_written() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let ask = || {
+        let client = client.clone();
+        let offsets = (1 << 40..).take(200_000).map(Offset).collect();
+        let filter = DeadFilter {
+            offsets,
+            ..DeadFilter::default()
+        };
+        tokio::spawn(async move { client.purge_dead_letters("t", "s", filter).await })
+    };
+    let asked = [ask(), ask(), ask()];
+    let (first, _) = connection.request().await;
+    // More than the client has room for unread, before anything more of it is read.
+    let nobodys = Response::Token {
+        name: "n".repeat(1 << 20),
+        token: String::new(),
+    };
+    patient(async {
+        for _ in 0..8 {
+            connection.respond(u64::MAX, Ok(nobodys.clone())).await;
+        }
+    })
+    .await;
+    let mut ids = vec![first];
+    for _ in 1..asked.len() {
+        ids.push(connection.request().await.0);
+    }
+    for id in ids {
+        connection
+            .respond(id, Ok(Response::Purged { count: 1 }))
+            .await;
+    }
+    for answer in asked {
+        assert_eq!(patient(answer).await.unwrap(), Ok(1));
+    }
 }
 
 #[tokio::test]

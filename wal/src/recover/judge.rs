@@ -386,7 +386,9 @@ fn read_footer<F: StorageFile>(
     file_bytes: u64,
 ) -> Result<Footer, LookError> {
     let mut block = [0; BLOCK_BYTES];
-    let mut at = file_bytes;
+    // A file that has lost its end may still have a footer.
+    let len = file.len()?.next_multiple_of(BLOCK_BYTES as u64);
+    let mut at = file_bytes.min(len);
     while at > BLOCK_BYTES as u64 {
         at -= BLOCK_BYTES as u64;
         match read_exact_at(file, at, &mut block) {

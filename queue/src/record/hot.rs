@@ -11,7 +11,7 @@
 //! ```
 
 use millpond_protocol::hot::AckRun;
-use millpond_protocol::limits::SETTLE_OFFSETS_MAX;
+use millpond_protocol::limits::{DELIVER_MESSAGES_MAX, SETTLE_OFFSETS_MAX};
 use millpond_protocol::{
     Delivery, Epoch, Offset, ProducerKey, Sequence, SessionId, SubscriptionId, TopicId,
 };
@@ -27,6 +27,8 @@ pub const LEASE_FIXED_BYTES: usize = size_of::<Fixed>();
 
 const _: () = assert!(PUBLISH_FIXED_BYTES == 32);
 const _: () = assert!(LEASE_FIXED_BYTES == 16);
+// What bounds the offsets of a settlement bounds those of a hand-out too.
+const _: () = assert!(DELIVER_MESSAGES_MAX as u64 <= SETTLE_OFFSETS_MAX);
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -159,8 +161,8 @@ fn read(kind: u8, bytes: &[u8]) -> Option<Record<'_>> {
         return None;
     }
     // Each of them may have an answer of its own.
-    let offsets = rows.iter().map(|row| u64::from(row.b.get())).sum::<u64>();
-    if kind == kind::Settle && offsets > SETTLE_OFFSETS_MAX {
+    let offsets = rows.iter().map(|row| u64::from(run_of(kind, row)));
+    if offsets.sum::<u64>() > SETTLE_OFFSETS_MAX {
         return None;
     }
     if kind == kind::Lease {
@@ -184,8 +186,13 @@ fn read(kind: u8, bytes: &[u8]) -> Option<Record<'_>> {
 
 /// A run that is empty or reaches past the last offset there can be.
 fn overflows(kind: u8, row: &Row) -> bool {
+    let run = run_of(kind, row);
+    run == 0 || row.offset.get().checked_add(u64::from(run)).is_none()
+}
+
+fn run_of(kind: u8, row: &Row) -> u32 {
     let run = if kind == kind::Lease { row.a } else { row.b };
-    run.get() == 0 || row.offset.get().checked_add(u64::from(run.get())).is_none()
+    run.get()
 }
 
 fn lease_range(row: &Row) -> LeaseRange {

@@ -128,7 +128,7 @@ fn a_kind_of_a_newer_version_is_named() {
 }
 
 #[test]
-fn a_settlement_of_more_offsets_than_any_frame_has_is_no_record() {
+fn a_settlement_or_lease_of_more_offsets_than_any_frame_has_is_no_record() {
     let settle = |run| Record::Settle {
         subscription: SubscriptionId(3),
         session: SessionId(5),
@@ -144,6 +144,17 @@ fn a_settlement_of_more_offsets_than_any_frame_has_is_no_record() {
     let more = bytes_of(&settle(SETTLE_OFFSETS_MAX as u32 + 1));
     let error = RecordError::Layout { kind: 33 };
     assert_eq!(Record::decode(33, &more), Err(error));
+    let lease = Record::Lease {
+        subscription: SubscriptionId(3),
+        session: SessionId(5),
+        ranges: vec![LeaseRange {
+            offset: Offset(0),
+            count: SETTLE_OFFSETS_MAX as u32 + 1,
+            delivery: Delivery(1),
+        }],
+    };
+    let error = RecordError::Layout { kind: 32 };
+    assert_eq!(Record::decode(32, &bytes_of(&lease)), Err(error));
 }
 
 #[test]

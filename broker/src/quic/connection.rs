@@ -19,6 +19,12 @@ use crate::{token, transport};
 
 /// Connections in their handshake beyond which a newcomer must prove its address first.
 const UNPROVEN_MAX: usize = 256;
+/// What a stream may begin with. None of them is large.
+const OPENING: [FrameType; 3] = [
+    FrameType::OpenProducer,
+    FrameType::OpenConsumer,
+    FrameType::OpenSettlements,
+];
 /// How long a closing connection may take to say what it has to say.
 const LINGER: Duration = Duration::from_millis(200);
 
@@ -143,10 +149,10 @@ async fn greet<S: Storage>(
     reader: &mut FrameReader,
 ) -> Result<(Hello, Option<String>), StreamError> {
     let frame = reader
-        .next()
+        .next_of(&[FrameType::Hello])
         .await?
         .ok_or_else(|| StreamError::Gone("it said nothing".to_owned()))?;
-    let hello: Hello = frame.expect(FrameType::Hello)?.decode()?;
+    let hello: Hello = frame.decode()?;
     if hello.version_min > VERSION_MAX || hello.version_max < VERSION_MIN {
         let text = format!(
             "this broker speaks protocol versions {VERSION_MIN} to {VERSION_MAX}; use a client that does"
@@ -208,7 +214,7 @@ async fn stream<S: Storage>(
     let _open = context.metrics.open_stream();
     let (writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
     let deadline = context.config.quic.handshake_deadline();
-    let first = match timeout(deadline, reader.next()).await {
+    let first = match timeout(deadline, reader.next_of(&OPENING)).await {
         Ok(Ok(Some(frame))) => frame,
         Ok(Err(StreamError::Refused(error))) => return writer.end(&error).await,
         Ok(_) => return,
@@ -222,12 +228,6 @@ async fn stream<S: Storage>(
     match first.kind {
         FrameType::OpenProducer => producer::run(context, peer, writer, reader, first).await,
         FrameType::OpenConsumer => consumer::run(context, peer, writer, reader, first).await,
-        FrameType::OpenSettlements => settlement::run(context, writer, reader, first).await,
-        found => {
-            let text = format!("a stream cannot begin with a {found:?} frame");
-            writer
-                .end(&WireError::new(ErrorCode::Malformed, text))
-                .await;
-        }
+        _ => settlement::run(context, peer, writer, reader, first).await,
     }
 }

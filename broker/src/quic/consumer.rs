@@ -134,8 +134,8 @@ async fn read<S: Storage>(
     session: SessionId,
     tell: watch::Sender<Credit>,
 ) -> Result<(), StreamError> {
-    while let Some(frame) = reader.next().await? {
-        let credit = ConsumerCredit::decode(&frame.expect(FrameType::ConsumerCredit)?.body)?;
+    while let Some(frame) = reader.next_of(&[FrameType::ConsumerCredit]).await? {
+        let credit = ConsumerCredit::decode(&frame.body)?;
         tell.send_modify(|held| {
             held.max_messages = held.max_messages.max(credit.credit.max_messages);
             held.max_bytes = held.max_bytes.max(credit.credit.max_bytes);

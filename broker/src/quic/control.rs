@@ -1,5 +1,6 @@
 //! The control stream: requests in, responses out, and `GoAway` when the broker drains.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -11,14 +12,15 @@ use millpond_protocol::limits::CONTROL_BYTES_MAX;
 use millpond_protocol::{ErrorCode, Offset, StartAt, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::letters;
 use super::producer::both;
-use super::{Context, UNANSWERED_MAX};
+use super::{Context, inbound};
 use crate::bodies::BodyError;
+use crate::memory::Permit;
 use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
 use crate::token;
 
@@ -36,12 +38,12 @@ pub async fn run<S: Storage>(
     let Ok(mut registered) = context.register().await else {
         return None;
     };
-    let (answered, unanswered) = mpsc::channel(UNANSWERED_MAX as usize);
+    let (asked, unanswered) = mpsc::unbounded_channel();
     let session = Session {
         context: &context,
         peer: &peer,
     };
-    let reading = session.read(reader, registered.id, answered);
+    let reading = session.read(reader, registered.id, asked);
     let writing = session.write(&mut writer, &mut registered.outputs, unanswered);
     let result = both(reading, registered.own, writing).await;
     context.unregister(registered.id).await;
@@ -61,8 +63,23 @@ pub async fn run<S: Storage>(
     }
 }
 
+/// Requests of one connection that are taken in and not answered. Each may cost an answer of the
+/// largest size, which nobody may ever read.
+const REQUESTS_MAX: usize = 8;
+
 /// The text of a new token, kept here until its hash is durable.
 type Secret = Option<(String, String)>;
+
+/// A request that the shard has, until its answer is written.
+struct Asked {
+    /// The broker's own number for it: a client may name two requests alike.
+    number: u64,
+    /// The client's.
+    id: u64,
+    secret: Secret,
+    _slot: OwnedSemaphorePermit,
+    _permit: Option<Permit>,
+}
 
 struct Session<'a, S: Storage> {
     context: &'a Context<S>,
@@ -70,28 +87,44 @@ struct Session<'a, S: Storage> {
 }
 
 impl<S: Storage> Session<'_, S> {
-    /// Takes requests in, at most `UNANSWERED_MAX` unanswered ones.
+    /// Takes requests in, at most `REQUESTS_MAX` unanswered ones.
     async fn read(
         &self,
         mut reader: FrameReader,
         stream: StreamId,
-        unanswered: mpsc::Sender<(u64, Secret)>,
+        asked: mpsc::UnboundedSender<Asked>,
     ) -> Result<(), StreamError> {
-        while let Some(frame) = reader.next().await? {
-            let RequestFrame { id, request } = frame.expect(FrameType::Request)?.decode()?;
+        let share = &self.peer.share;
+        let slots = Arc::new(Semaphore::new(REQUESTS_MAX));
+        let mut number = 0;
+        while let Some((frame, permit)) =
+            inbound::take(self.context, &mut reader, share, &[FrameType::Request]).await?
+        {
+            let RequestFrame { id, request } = frame.decode()?;
             let (request, secret) = match self.resolve(request).await {
                 Ok(resolved) => resolved,
                 Err(StreamError::Refused(error)) => (ResolvedRequest::Refused(error), None),
                 Err(error) => return Err(error),
             };
-            if unanswered.send((id, secret)).await.is_err() {
+            let Ok(slot) = Arc::clone(&slots).acquire_owned().await else {
+                return Ok(());
+            };
+            number += 1;
+            let kept = Asked {
+                number,
+                id,
+                secret,
+                _slot: slot,
+                _permit: permit,
+            };
+            if asked.send(kept).is_err() {
                 return Ok(());
             }
             self.context
                 .shard
                 .input(Input::Request {
                     stream,
-                    id,
+                    id: number,
                     request,
                 })
                 .await?;
@@ -129,10 +162,10 @@ impl<S: Storage> Session<'_, S> {
         &self,
         writer: &mut FrameWriter,
         outputs: &mut mpsc::UnboundedReceiver<Output>,
-        mut unanswered: mpsc::Receiver<(u64, Secret)>,
+        mut unanswered: mpsc::UnboundedReceiver<Asked>,
     ) -> Result<(), StreamError> {
         let mut draining = self.context.draining.clone();
-        let mut secrets = std::collections::HashMap::new();
+        let mut open = HashMap::new();
         let mut told = false;
         loop {
             let output = tokio::select! {
@@ -145,12 +178,16 @@ impl<S: Storage> Session<'_, S> {
                     continue;
                 }
             };
-            while let Ok((id, secret)) = unanswered.try_recv() {
-                secrets.extend(secret.map(|secret| (id, secret)));
+            while let Ok(asked) = unanswered.try_recv() {
+                open.insert(asked.number, asked);
             }
             match output {
-                Some(Output::Response { id, answer }) => {
-                    let result = self.complete(*answer, secrets.remove(&id)).await;
+                Some(Output::Response { id: number, answer }) => {
+                    let Some(mut asked) = open.remove(&number) else {
+                        continue;
+                    };
+                    let result = self.complete(*answer, asked.secret.take()).await;
+                    let id = asked.id;
                     self.respond(writer, ResponseFrame { id, result }).await?;
                 }
                 Some(Output::Revoked { token }) if self.peer.token.as_ref() == Some(&token) => {

@@ -65,7 +65,30 @@ impl FrameReader {
         }
     }
 
-    /// The next frame, whole; `None` at a clean end of the stream.
+    /// Type and body length of the next frame, which must be of one of these types: another is
+    /// refused by its header, before anything is kept of it.
+    pub async fn header_of(
+        &mut self,
+        kinds: &[FrameType],
+    ) -> Result<Option<(FrameType, usize)>, StreamError> {
+        match self.header().await? {
+            Some((found, _)) if !kinds.contains(&found) => {
+                Err(FrameError::Unexpected { found }.into())
+            }
+            header => Ok(header),
+        }
+    }
+
+    /// The next frame, whole, if it is of one of these types.
+    pub async fn next_of(&mut self, kinds: &[FrameType]) -> Result<Option<Frame>, StreamError> {
+        match self.header_of(kinds).await? {
+            Some(_) => self.next().await,
+            None => Ok(None),
+        }
+    }
+
+    /// The next frame, whole; `None` at a clean end of the stream. Whoever calls it has looked at its
+    /// header.
     pub async fn next(&mut self) -> Result<Option<Frame>, StreamError> {
         let Some((_, length)) = self.header().await? else {
             return Ok(None);

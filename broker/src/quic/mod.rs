@@ -11,6 +11,7 @@ mod consumer;
 mod control;
 mod deliver;
 mod frames;
+mod inbound;
 mod letters;
 mod producer;
 mod settlement;

@@ -196,12 +196,12 @@ async fn read<S: Storage>(
 ) -> Result<(), StreamError> {
     let share = context.memory.topic(&peer.share, handle.topic);
     let (mut messages, mut bytes) = (0, 0);
-    while let Some((_, length)) = reader.header().await? {
+    while let Some((_, length)) = reader.header_of(&[FrameType::Publish]).await? {
         let permit = room(context, length as u64, &share).await?;
         let Some(frame) = arrive(context, &mut reader, &share).await? else {
             break;
         };
-        let publish = Publish::decode(&frame.expect(FrameType::Publish)?.body)?;
+        let publish = Publish::decode(&frame.body)?;
         messages += u64::from(publish.count);
         bytes += publish.messages.len() as u64;
         if !granted.covers(messages, bytes) {
@@ -229,7 +229,7 @@ async fn read<S: Storage>(
 }
 
 /// Memory for a frame, waited for if need be.
-async fn room<S: Storage>(
+pub(super) async fn room<S: Storage>(
     context: &Context<S>,
     bytes: u64,
     share: &Share,
@@ -247,7 +247,7 @@ async fn room<S: Storage>(
 
 /// The frame whose header is there and whose memory is taken. While others wait for memory, it may
 /// not keep its own without filling it.
-async fn arrive<S: Storage>(
+pub(super) async fn arrive<S: Storage>(
     context: &Context<S>,
     reader: &mut FrameReader,
     share: &Share,

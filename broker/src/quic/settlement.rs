@@ -1,7 +1,7 @@
 //! A consumer's settlement stream: it never queues behind payloads.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use millpond_protocol::control::{OpenSettlements, Settle, SettleRefused, Settled};
 use millpond_protocol::frame::{Frame, FrameType, empty};
@@ -9,19 +9,31 @@ use millpond_protocol::hot::{decode_acks, decode_commit};
 use millpond_protocol::limits::{SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, SessionId, WireError};
 use millpond_wal::storage::Storage;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
+use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::producer::both;
-use super::{Context, Registered, UNANSWERED_MAX};
+use super::{Context, Registered, UNANSWERED_MAX, inbound};
+use crate::memory::Permit;
 use crate::shard::io::{Input, Output, StreamId};
 
+/// What comes on a settlement stream once it is open.
+const EXPECTED: [FrameType; 5] = [
+    FrameType::Acks,
+    FrameType::Settle,
+    FrameType::Renew,
+    FrameType::Commit,
+    FrameType::CloseSession,
+];
 /// Answers of the shard that are put into one frame.
 const COALESCE_MAX: usize = 1_024;
 
 /// Runs one settlement stream to its end.
 pub async fn run<S: Storage>(
     context: Arc<Context<S>>,
+    peer: Peer,
     mut writer: FrameWriter,
     reader: FrameReader,
     first: Frame,
@@ -30,13 +42,14 @@ pub async fn run<S: Storage>(
         return;
     };
     let id = registered.id;
-    let result = session(&context, &mut writer, reader, first, registered).await;
+    let result = session(&context, &peer, &mut writer, reader, first, registered).await;
     context.unregister(id).await;
     writer.conclude(result, "settlement").await;
 }
 
 async fn session<S: Storage>(
     context: &Context<S>,
+    peer: &Peer,
     writer: &mut FrameWriter,
     reader: FrameReader,
     first: Frame,
@@ -59,27 +72,24 @@ async fn session<S: Storage>(
         _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
     }
     let unanswered = Unanswered::default();
-    let reading = read(context, reader, session, registered.id, &unanswered);
+    let reading = read(context, peer, reader, session, registered.id, &unanswered);
     let writing = write(writer, &mut registered.outputs, &unanswered);
     both(reading, registered.own, writing).await
 }
 
-/// Inputs that the shard has not answered; bounded by `UNANSWERED_MAX`.
+/// What pays for inputs that the shard has not answered, in order; at most `UNANSWERED_MAX`.
 #[derive(Default)]
 struct Unanswered {
-    asked: AtomicU64,
-    answered: AtomicU64,
+    kept: Mutex<VecDeque<Option<Permit>>>,
     fewer: Notify,
 }
 
 impl Unanswered {
-    async fn ask(&self) {
+    async fn ask(&self, permit: Option<Permit>) {
         loop {
             let fewer = self.fewer.notified();
-            if self.asked.load(Ordering::Relaxed) - self.answered.load(Ordering::Relaxed)
-                < UNANSWERED_MAX
-            {
-                self.asked.fetch_add(1, Ordering::Relaxed);
+            if (self.kept.lock().len() as u64) < UNANSWERED_MAX {
+                self.kept.lock().push_back(permit);
                 return;
             }
             fewer.await;
@@ -87,19 +97,22 @@ impl Unanswered {
     }
 
     fn answer(&self) {
-        self.answered.fetch_add(1, Ordering::Relaxed);
+        drop(self.kept.lock().pop_front());
         self.fewer.notify_one();
     }
 }
 
 async fn read<S: Storage>(
     context: &Context<S>,
+    peer: &Peer,
     mut reader: FrameReader,
     session: SessionId,
     stream: StreamId,
     unanswered: &Unanswered,
 ) -> Result<(), StreamError> {
-    while let Some(frame) = reader.next().await? {
+    while let Some((frame, permit)) =
+        inbound::take(context, &mut reader, &peer.share, &EXPECTED).await?
+    {
         let input = match frame.kind {
             FrameType::Acks => {
                 let acks = decode_acks(&frame.body)?;
@@ -132,10 +145,9 @@ async fn read<S: Storage>(
                 context.shard.input(Input::Renew { session }).await?;
                 continue;
             }
-            FrameType::CloseSession => Input::CloseSession { stream, session },
-            found => return Err(millpond_protocol::frame::FrameError::Unexpected { found }.into()),
+            _ => Input::CloseSession { stream, session },
         };
-        unanswered.ask().await;
+        unanswered.ask(permit).await;
         context.shard.input(input).await?;
     }
     Ok(())

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
 
+mod attack;
 mod common;
 mod crowd;
 mod dead_letters;

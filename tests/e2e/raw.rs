@@ -1,6 +1,6 @@
 //! A peer that speaks bytes by hand, as no client would.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +25,7 @@ use crate::common::{PATIENCE, quick_retries};
 /// Dials brokers; one socket for all its connections.
 pub struct Peer {
     endpoint: Endpoint,
+    tls: rustls::ClientConfig,
     config: quinn::ClientConfig,
 }
 
@@ -47,24 +48,56 @@ impl Peer {
             .with_root_certificates(roots)
             .with_no_client_auth();
         tls.alpn_protocols = vec![alpn.to_vec()];
-        let tls = QuicClientConfig::try_from(tls).unwrap();
+        let endpoint = Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        Self::with(endpoint, tls)
+    }
+
+    fn with(endpoint: Endpoint, tls: rustls::ClientConfig) -> Self {
+        let quic = QuicClientConfig::try_from(tls.clone()).unwrap();
         Self {
-            endpoint: Endpoint::client((Ipv4Addr::LOCALHOST, 0).into()).unwrap(),
-            config: quinn::ClientConfig::new(Arc::new(tls)),
+            endpoint,
+            tls,
+            config: quinn::ClientConfig::new(Arc::new(quic)),
         }
     }
 
     /// With this much room for what it does not read, per stream.
-    pub fn window(mut self, bytes: u32) -> Self {
+    pub fn window(self, bytes: u32) -> Self {
+        self.windows(bytes, 8 << 20)
+    }
+
+    /// The same, and this much for what it has written and nobody has acknowledged.
+    pub fn windows(mut self, received: u32, sent: u64) -> Self {
         let mut transport = quinn::TransportConfig::default();
-        transport.stream_receive_window(VarInt::from_u32(bytes));
+        transport.stream_receive_window(VarInt::from_u32(received));
+        transport.send_window(sent);
         transport.keep_alive_interval(Some(Duration::from_secs(1)));
         self.config.transport_config(Arc::new(transport));
         self
     }
 
-    pub async fn dial(&self, broker: &EmbeddedBroker) -> Result<Connection, ConnectionError> {
+    /// That would like to say something before the handshake is over.
+    pub fn early(self) -> Self {
+        let Self { endpoint, tls, .. } = self;
+        let mut tls = tls;
+        tls.enable_early_data = true;
+        Self::with(endpoint, tls)
+    }
+
+    /// Whether a broker that it knows has promised to listen to that.
+    pub fn can_begin_early(&self, broker: &EmbeddedBroker) -> bool {
         let at = broker.broker().listen_addr();
+        let connecting = self
+            .endpoint
+            .connect_with(self.config.clone(), at, "localhost");
+        connecting.unwrap().into_0rtt().is_ok()
+    }
+
+    pub async fn dial(&self, broker: &EmbeddedBroker) -> Result<Connection, ConnectionError> {
+        self.dial_at(broker.broker().listen_addr()).await
+    }
+
+    pub async fn dial_at(&self, at: SocketAddr) -> Result<Connection, ConnectionError> {
         let connecting = self
             .endpoint
             .connect_with(self.config.clone(), at, "localhost");

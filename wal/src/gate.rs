@@ -556,6 +556,60 @@ mod loom_tests {
     }
 
     #[test]
+    fn a_large_wait_given_up_lets_in_the_small_one_behind_it() {
+        loom::model(|| {
+            let all = Credit {
+                messages: 2,
+                bytes: 2,
+            };
+            let gate = CreditGate::new(all, 4);
+            let held = gate.try_acquire(ONE).expect("all is free");
+            let mut large = gate.acquire(all);
+            let polled = Pin::new(&mut large).poll(&mut Context::from_waker(Waker::noop()));
+            assert!(polled.is_pending(), "half of it is held");
+            let small = {
+                let gate = gate.clone();
+                thread::spawn(move || drop(block_on(gate.acquire(ONE)).expect("is open")))
+            };
+            // The small one may wait behind it by now, or come later.
+            drop(large);
+            small.join().unwrap();
+            drop(held);
+            assert_eq!(gate.free(), all);
+        });
+    }
+
+    #[test]
+    fn a_shutdown_ends_every_request_wherever_it_is() {
+        use crate::entry::LogIndex;
+        use crate::watermark::{Waited, Watermark};
+
+        loom::model(|| {
+            let gate = CreditGate::new(ONE, 4);
+            let watermark = Watermark::new(LogIndex(0));
+            let reader = watermark.reader();
+            let held = gate.try_acquire(ONE).expect("all is free");
+            let request = {
+                let gate = gate.clone();
+                thread::spawn(move || {
+                    let permit = block_on(gate.acquire(ONE)).ok()?;
+                    let waited =
+                        reader.wait_durable(LogIndex(1), std::time::Duration::from_secs(3600));
+                    drop(permit);
+                    Some(waited)
+                })
+            };
+            drop(held);
+            gate.close();
+            watermark.set_appended(LogIndex(1));
+            drop(watermark);
+            let end = request.join().unwrap();
+            assert!(matches!(end, None | Some(Waited::Closed)), "{end:?}");
+            assert_eq!(gate.free(), ONE);
+        });
+    }
+
+    #[test]
     fn closing_leaves_nobody_waiting() {
         loom::model(|| {
             let gate = CreditGate::new(ONE, 4);

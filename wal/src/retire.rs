@@ -297,6 +297,27 @@ mod loom_tests {
         });
     }
 
+    #[test]
+    fn an_owner_that_goes_keeps_nothing_from_a_reader() {
+        loom::model(|| {
+            let retirement = Retirement::new();
+            let held = retirement.hold(file());
+            let reader = {
+                let held = held.clone();
+                thread::spawn(move || {
+                    if let Some(pin) = held.pin() {
+                        read(&pin);
+                    }
+                })
+            };
+            held.retire();
+            // Loom also notices if the slot and the list keep each other alive.
+            drop(retirement);
+            reader.join().unwrap();
+            assert!(held.pin().is_none());
+        });
+    }
+
     fn remove_freed(retirement: &Retirement<File>) -> usize {
         let freed = retirement.free();
         for file in &freed {

@@ -290,6 +290,55 @@ mod loom_tests {
     }
 
     #[test]
+    fn an_error_wakes_all_who_wait() {
+        loom::model(|| {
+            let watermark = Watermark::new(LogIndex(0));
+            let waiters = [1, 2].map(|index| {
+                let reader = watermark.reader();
+                thread::spawn(move || reader.wait_durable(LogIndex(index), LONG))
+            });
+            watermark.set_appended(LogIndex(2));
+            // What a failed sync does: nothing becomes durable any more.
+            watermark.close();
+            for waiter in waiters {
+                assert_eq!(waiter.join().unwrap(), Waited::Closed);
+            }
+        });
+    }
+
+    #[test]
+    fn who_sees_an_index_as_durable_sees_what_was_written_before() {
+        loom::model(|| {
+            let entry = Arc::new(loom::cell::UnsafeCell::new(0));
+            let watermark = Watermark::new(LogIndex(0));
+            let readers = [Wait::Look, Wait::Park].map(|wait| {
+                let (entry, reader) = (entry.clone(), watermark.reader());
+                thread::spawn(move || {
+                    if wait == Wait::Park {
+                        assert_eq!(reader.wait_durable(LogIndex(1), LONG), Waited::Durable);
+                    }
+                    if reader.durable() >= LogIndex(1) {
+                        // Loom's cell panics if this may overlap with the write below.
+                        entry.with(|at| assert!(!at.is_null()));
+                    }
+                })
+            });
+            entry.with_mut(|at| assert!(!at.is_null()));
+            watermark.set_appended(LogIndex(1));
+            watermark.set_durable(LogIndex(1));
+            for reader in readers {
+                reader.join().unwrap();
+            }
+        });
+    }
+
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Wait {
+        Look,
+        Park,
+    }
+
+    #[test]
     fn durable_is_never_seen_above_appended() {
         loom::model(|| {
             let watermark = Watermark::new(LogIndex(0));

@@ -15,6 +15,7 @@
 //! It deliberately has no clock and no latency, and its calls never block.
 
 mod disk;
+mod fired;
 mod inode;
 mod pages;
 mod rng;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use parking_lot::{Mutex, MutexGuard};
 
 use self::disk::{Boot, Disk, InodeId, Verdict, off};
+pub use self::fired::Fired;
 use self::rng::Rng;
 use super::{Map, SECTOR_BYTES, Space, Storage, StorageFile, check_aligned, check_name};
 
@@ -127,9 +129,24 @@ impl SimStorage {
         self.disk().failures.push(failure);
     }
 
+    /// What was planned and has not happened will not happen.
+    pub fn forget_plans(&self) {
+        self.disk().failures.clear();
+    }
+
     /// How many calls that change the disk were made since the beginning.
     pub fn calls(&self) -> u64 {
         self.disk().calls
+    }
+
+    /// What has gone wrong since the beginning.
+    pub fn fired(&self) -> Fired {
+        self.disk().fired
+    }
+
+    /// Whether a power loss now could take something.
+    pub fn is_at_risk(&self) -> bool {
+        self.disk().is_at_risk()
     }
 
     /// How much the disk holds, 1 TiB at first; a write beyond it is refused with ENOSPC.
@@ -271,7 +288,8 @@ impl StorageFile for SimFile {
             Verdict::Stop => inode.write(offset, data, rng),
             Verdict::Fail(Fault::Io) => {
                 inode.write(offset, data, rng);
-                inode.sync_failing(rng);
+                let lost = inode.sync_failing(rng);
+                disk.fired.failed_syncs_marked_clean += u64::from(lost > 0);
             }
             Verdict::Fail(Fault::NoSpace | Fault::Short) => {
                 inode.write(offset, first_part(data, rng), rng);
@@ -300,7 +318,10 @@ impl StorageFile for SimFile {
         let (inode, rng) = disk.file(self.inode, self.boot)?;
         match verdict {
             Verdict::Go => inode.sync(),
-            Verdict::Fail(_) => inode.sync_failing(rng),
+            Verdict::Fail(_) => {
+                let lost = inode.sync_failing(rng);
+                disk.fired.failed_syncs_marked_clean += u64::from(lost > 0);
+            }
             // The power loss decides how far it came.
             Verdict::Stop => {}
         }
@@ -310,11 +331,13 @@ impl StorageFile for SimFile {
     fn preallocate(&self, bytes: u64) -> io::Result<()> {
         let mut disk = self.storage.disk();
         let verdict = self.enter_change(&mut disk, Call::Preallocate)?;
-        let free = disk.free_bytes();
         let (inode, _) = disk.file(self.inode, self.boot)?;
-        if bytes.saturating_sub(inode.used_bytes()) > free {
+        let needed = bytes.saturating_sub(inode.used_bytes());
+        if disk.is_full_for(needed) {
+            disk.fired.failed(Call::Preallocate, Fault::NoSpace);
             return Err(no_space());
         }
+        let (inode, _) = disk.file(self.inode, self.boot)?;
         inode.preallocate(bytes);
         no_fault(verdict)
     }
@@ -358,9 +381,10 @@ impl SimFile {
         bytes: usize,
     ) -> io::Result<Verdict> {
         let verdict = self.enter_change(disk, call)?;
-        let free = disk.free_bytes();
         let (inode, _) = disk.file(self.inode, self.boot)?;
-        if inode.bytes_needed(offset, bytes) > free {
+        let needed = inode.bytes_needed(offset, bytes);
+        if disk.is_full_for(needed) {
+            disk.fired.failed(call, Fault::NoSpace);
             return Ok(Verdict::Fail(Fault::NoSpace));
         }
         Ok(verdict)

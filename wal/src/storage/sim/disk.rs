@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::io;
 
+use super::fired::Fired;
 use super::inode::Inode;
 use super::rng::Rng;
 use super::{Call, Failure, Fault};
@@ -26,6 +27,7 @@ pub(super) struct Disk {
     pub(super) calls_left: Option<u64>,
     pub(super) failures: Vec<Failure>,
     pub(super) capacity_bytes: u64,
+    pub(super) fired: Fired,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -81,6 +83,7 @@ impl Disk {
             calls_left: None,
             failures: Vec::new(),
             capacity_bytes: CAPACITY_BYTES,
+            fired: Fired::default(),
         }
     }
 
@@ -115,7 +118,9 @@ impl Disk {
                 hit = Some(at);
             }
         }
-        hit.map(|at| self.failures.remove(at).fault)
+        let fault = self.failures.remove(hit?).fault;
+        self.fired.failed(call, fault);
+        Some(fault)
     }
 
     pub(super) fn boot(&self) -> Boot {
@@ -164,10 +169,13 @@ impl Disk {
         if boot != self.boot {
             return;
         }
-        if let Some(inode) = self.inodes.get_mut(&id) {
-            inode.opens -= 1;
+        let Some(inode) = self.inodes.get_mut(&id) else {
+            return;
+        };
+        inode.opens -= 1;
+        if inode.opens == 0 && !self.names.values().any(|named| *named == id) {
+            self.forget_unreachable();
         }
-        self.forget_unreachable();
     }
 
     pub(super) fn rename(&mut self, from: &str, to: &str) -> io::Result<()> {
@@ -196,20 +204,35 @@ impl Disk {
 
     /// A sync of the folder that reports an error: some changes made it, the others never will.
     pub(super) fn sync_names_failing(&mut self) {
-        self.keep_some_changes();
+        let lost = self.keep_some_changes();
+        self.fired.failed_syncs_marked_clean += u64::from(lost > 0);
+    }
+
+    /// Whether something that has a name, or had one, is not synced.
+    pub(super) fn is_at_risk(&self) -> bool {
+        let names = self.names.values().chain(self.durable_names.values());
+        let mut inodes = names.filter_map(|id| self.inodes.get(id));
+        !self.changes.is_empty() || inodes.any(Inode::is_at_risk)
     }
 
     /// Loses what was not synced, and starts the machine again.
     pub(super) fn lose_power(&mut self) {
-        self.keep_some_changes();
+        self.fired.power_losses_at_risk += u64::from(self.is_at_risk());
+        let lost = self.keep_some_changes();
+        self.fired.names_lost += u64::from(lost > 0);
         self.names = self.durable_names.clone();
         let ids: Vec<_> = self.inodes.keys().copied().collect();
         for &id in &ids {
             let donor = ids[self.rng.below(ids.len() as u64) as usize];
-            let donor = (donor != id && self.rng.percent(50)).then(|| self.inodes[&donor].clone());
-            if let Some(inode) = self.inodes.get_mut(&id) {
-                inode.lose_power(donor.as_ref(), &mut self.rng);
-            }
+            let may_donate = self.rng.percent(50);
+            let Some(mut inode) = self.inodes.remove(&id) else {
+                continue;
+            };
+            // Not itself: it is taken out meanwhile.
+            let donor = self.inodes.get(&donor).filter(|_| may_donate);
+            let loss = inode.lose_power(donor, &mut self.rng);
+            self.fired.lost_power(loss);
+            self.inodes.insert(id, inode);
         }
         self.start();
     }
@@ -234,6 +257,11 @@ impl Disk {
         Ok(())
     }
 
+    /// Whether there is no room for so many bytes more.
+    pub(super) fn is_full_for(&self, bytes: u64) -> bool {
+        bytes > 0 && bytes > self.free_bytes()
+    }
+
     /// Unlinked files take space for as long as they are open.
     pub(super) fn free_bytes(&self) -> u64 {
         let counts = |id: &InodeId, inode: &Inode| {
@@ -253,11 +281,13 @@ impl Disk {
         self.changes.push(change);
     }
 
-    fn keep_some_changes(&mut self) {
+    /// Makes some of the changes durable and forgets all; returns how many were lost.
+    fn keep_some_changes(&mut self) -> usize {
         let changes = std::mem::take(&mut self.changes);
+        let mut kept = 0;
         if self.rng.percent(60) {
             // A journal keeps the order: the first few.
-            let kept = self.rng.below(changes.len() as u64 + 1) as usize;
+            kept = self.rng.below(changes.len() as u64 + 1) as usize;
             for change in &changes[..kept] {
                 change.apply(&mut self.durable_names);
             }
@@ -265,9 +295,11 @@ impl Disk {
             for change in &changes {
                 if self.rng.percent(50) {
                     change.apply(&mut self.durable_names);
+                    kept += 1;
                 }
             }
         }
+        changes.len() - kept
     }
 
     fn forget_unreachable(&mut self) {

@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 
+use super::fired::Loss;
 use super::pages::{PAGE_BYTES, Pages, SECTORS_PER_PAGE, pieces};
 use super::rng::Rng;
 
@@ -52,8 +53,8 @@ impl Inode {
             return;
         }
         self.cached.write(offset, data);
-        self.durable.write(offset, data);
         for piece in pieces(offset, data.len()) {
+            self.durable.copy_page(&self.cached, piece.page);
             self.dirty.remove(&piece.page);
         }
         let end = offset + data.len() as u64;
@@ -85,9 +86,12 @@ impl Inode {
     /// where the loss shows.
     pub(super) fn read_uncached(&self, offset: u64, buf: &mut [u8]) -> usize {
         let bytes = self.readable(offset, buf.len());
+        self.durable.read(offset, &mut buf[..bytes]);
         for piece in pieces(offset, bytes) {
+            let Some(&dirty) = self.dirty.get(&piece.page) else {
+                continue;
+            };
             let mut disk = Pages::default();
-            let dirty = self.dirty.get(&piece.page).copied().unwrap_or(0);
             for sector in bits(u8::MAX) {
                 let newest = if dirty & (1 << sector) == 0 {
                     &self.durable
@@ -105,19 +109,22 @@ impl Inode {
     }
 
     pub(super) fn sync(&mut self) {
-        for (&page, &sectors) in &self.dirty {
-            for sector in bits(sectors) {
-                self.durable.copy_sector(&self.cached, page, sector);
+        for (page, sectors) in std::mem::take(&mut self.dirty) {
+            if sectors == u8::MAX {
+                self.durable.copy_page(&self.cached, page);
+            } else {
+                for sector in bits(sectors) {
+                    self.durable.copy_sector(&self.cached, page, sector);
+                }
             }
         }
-        self.dirty.clear();
         self.durable.cut(self.cached_len);
         self.durable_len = self.cached_len;
     }
 
     /// A sync that reports an error: some sectors made it, the others never will, and all of them
-    /// count as clean, so that the next sync has nothing to do and succeeds.
-    pub(super) fn sync_failing(&mut self, rng: &mut Rng) {
+    /// count as clean, so that the next sync has nothing to do and succeeds. Returns how many are lost.
+    pub(super) fn sync_failing(&mut self, rng: &mut Rng) -> u64 {
         let mut lost = 0;
         for (page, sectors) in std::mem::take(&mut self.dirty) {
             for sector in bits(sectors) {
@@ -133,24 +140,35 @@ impl Inode {
             self.durable.cut(self.cached_len);
             self.durable_len = self.cached_len;
         }
+        lost
+    }
+
+    pub(super) fn is_at_risk(&self) -> bool {
+        !self.dirty.is_empty() || self.durable_len != self.cached_len
     }
 
     /// The power goes. Of what was not synced some sectors and one of the possible lengths remain;
     /// ground that was never synced may show bytes of `donor`, a file that was there before.
-    pub(super) fn lose_power(&mut self, donor: Option<&Inode>, rng: &mut Rng) {
+    pub(super) fn lose_power(&mut self, donor: Option<&Inode>, rng: &mut Rng) -> Loss {
         let new_ground = self.durable_len.div_ceil(PAGE_BYTES as u64);
         let fate = Fate::draw(rng);
         let total: u32 = self.dirty.values().map(|mask| mask.count_ones()).sum();
         let cut = rng.below(u64::from(total) + 1);
-        let mut seen = 0;
+        let mut loss = Loss::default();
         for (page, sectors) in std::mem::take(&mut self.dirty) {
             for sector in bits(sectors) {
-                if fate.keeps(seen, cut, rng) {
+                if fate.keeps(loss.kept + loss.lost, cut, rng) {
                     self.durable.copy_sector(&self.cached, page, sector);
-                } else if page >= new_ground && rng.percent(GARBAGE_PERCENT) {
-                    self.leave_garbage(page, sector, donor, rng);
+                    loss.kept += 1;
+                    loss.hole |= loss.lost > 0;
+                    continue;
                 }
-                seen += 1;
+                loss.lost += 1;
+                if page >= new_ground && rng.percent(GARBAGE_PERCENT) {
+                    self.leave_garbage(page, sector, donor, rng);
+                    loss.stale += u64::from(donor.is_some());
+                    loss.noise += u64::from(donor.is_none());
+                }
             }
         }
         let (low, high) = (
@@ -162,11 +180,13 @@ impl Inode {
             1 => self.cached_len,
             _ => low + rng.below(high - low + 1),
         };
+        loss.length = self.durable_len != self.cached_len;
         self.durable.cut(self.durable_len);
         self.cached = self.durable.clone();
         self.cached_len = self.durable_len;
         self.reserved_len = self.reserved_len.min(self.durable_len);
         self.opens = 0;
+        loss
     }
 
     /// Bit rot: the same wrong bytes in the cache and on the disk.

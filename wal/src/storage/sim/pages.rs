@@ -1,6 +1,7 @@
 //! Sparse bytes of a simulated file: pages that were never written read as zero.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, LazyLock};
 
 use crate::storage::SECTOR_BYTES;
 
@@ -10,16 +11,37 @@ pub(super) const SECTORS_PER_PAGE: u32 = (PAGE_BYTES / SECTOR_BYTES) as u32;
 // One bit per sector in a byte is how dirty sectors are remembered.
 const _: () = assert!(SECTORS_PER_PAGE == u8::BITS);
 
+/// Clones share their pages until one of them is written.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Pages(BTreeMap<u64, Box<[u8; PAGE_BYTES]>>);
+pub(super) struct Pages(BTreeMap<u64, Page>);
+
+type Page = Arc<[u8; PAGE_BYTES]>;
+
+/// Files are filled with zeros far more often than with anything else.
+static ZEROS: LazyLock<Page> = LazyLock::new(|| Arc::new([0; PAGE_BYTES]));
 
 impl Pages {
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) {
         for piece in pieces(offset, data.len()) {
-            let page = self.page_mut(piece.page);
-            page[piece.start..piece.start + piece.bytes]
-                .copy_from_slice(&data[piece.done..piece.done + piece.bytes]);
+            let part = &data[piece.done..piece.done + piece.bytes];
+            match <&[u8; PAGE_BYTES]>::try_from(part) {
+                Ok(zeros) if *zeros == **ZEROS => self.0.insert(piece.page, ZEROS.clone()),
+                Ok(whole) => self.0.insert(piece.page, Arc::new(*whole)),
+                Err(_) => {
+                    let page = self.page_mut(piece.page);
+                    page[piece.start..piece.start + piece.bytes].copy_from_slice(part);
+                    continue;
+                }
+            };
         }
+    }
+
+    /// Takes a whole page over from `other`, zeros included.
+    pub(super) fn copy_page(&mut self, other: &Pages, page: u64) {
+        match other.0.get(&page) {
+            Some(from) => self.0.insert(page, from.clone()),
+            None => self.0.remove(&page),
+        };
     }
 
     pub(super) fn read(&self, offset: u64, buf: &mut [u8]) {
@@ -40,7 +62,7 @@ impl Pages {
             Some(from) => self.page_mut(page)[range.clone()].copy_from_slice(&from[range]),
             None => {
                 if let Some(page) = self.0.get_mut(&page) {
-                    page[range].fill(0);
+                    Arc::make_mut(page)[range].fill(0);
                 }
             }
         }
@@ -54,7 +76,7 @@ impl Pages {
         if rest > 0
             && let Some(page) = self.0.get_mut(&(len / PAGE_BYTES as u64))
         {
-            page[rest..].fill(0);
+            Arc::make_mut(page)[rest..].fill(0);
         }
     }
 
@@ -63,9 +85,7 @@ impl Pages {
     }
 
     fn page_mut(&mut self, page: u64) -> &mut [u8; PAGE_BYTES] {
-        self.0
-            .entry(page)
-            .or_insert_with(|| Box::new([0; PAGE_BYTES]))
+        Arc::make_mut(self.0.entry(page).or_insert_with(|| ZEROS.clone()))
     }
 }
 

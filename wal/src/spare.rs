@@ -65,11 +65,12 @@ impl<S: Storage> SpareJob<S> {
     fn fill(&self, unfinished: &str) -> io::Result<()> {
         let file = self.storage.create(unfinished)?;
         file.preallocate(self.bytes)?;
-        let mut zeros = self.pool.take(FILL_BYTES);
-        zeros.resize(FILL_BYTES);
+        let most = FILL_BYTES.min(usize::try_from(self.bytes).unwrap_or(FILL_BYTES));
+        let mut zeros = self.pool.take(most);
+        zeros.resize(most);
         let mut at = 0;
         while at < self.bytes {
-            let step = FILL_BYTES.min((self.bytes - at) as usize);
+            let step = (most as u64).min(self.bytes - at) as usize;
             // Past the page cache: copying zeros through it costs ten times the processor time.
             if step.is_multiple_of(BLOCK_BYTES) {
                 file.write_durable_at(at, &zeros[..step])?;

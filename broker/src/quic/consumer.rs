@@ -25,7 +25,7 @@ use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::producer::both;
 use super::{Context, Registered, control, random_u64};
 use crate::memory::Class;
-use crate::shard::io::{Handout, Input, Opened, Output};
+use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
 
 /// How long a frame may wait for its peer to read once others want its memory.
 const DEPARTURE: Duration = Duration::from_secs(2);
@@ -86,11 +86,12 @@ async fn session<S: Storage>(
             .write_control(FrameType::ConsumerOpened, &answer(opened))
             .await?;
         let (tell_credit, credit) = watch::channel(Credit::default());
-        let reading = read(context, reader, session, tell_credit);
+        let reading = read(context, reader, (session, stream), tell_credit);
         let mut sender = Sender {
             context,
             peer,
             writer,
+            stream,
             session,
             mode,
             ahead: Ahead::new(
@@ -131,7 +132,7 @@ fn answer(opened: Opened) -> ConsumerOpened {
 async fn read<S: Storage>(
     context: &Context<S>,
     mut reader: FrameReader,
-    session: SessionId,
+    (session, stream): (SessionId, StreamId),
     tell: watch::Sender<Credit>,
 ) -> Result<(), StreamError> {
     while let Some(frame) = reader.next_of(&[FrameType::ConsumerCredit]).await? {
@@ -142,7 +143,11 @@ async fn read<S: Storage>(
         });
         context
             .shard
-            .input(Input::Credit { session, credit })
+            .input(Input::Credit {
+                stream,
+                session,
+                credit,
+            })
             .await?;
     }
     Ok(())
@@ -152,6 +157,7 @@ struct Sender<'a, S: Storage> {
     context: &'a Context<S>,
     peer: &'a Peer,
     writer: &'a mut FrameWriter,
+    stream: StreamId,
     session: SessionId,
     mode: SubscriptionMode,
     ahead: Ahead<S>,
@@ -247,6 +253,7 @@ impl<S: Storage> Sender<'_, S> {
             self.context
                 .shard
                 .input(Input::Sent {
+                    stream: self.stream,
                     session,
                     messages,
                     bytes,

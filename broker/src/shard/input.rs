@@ -76,20 +76,31 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 acks,
                 items,
             } => self.settle(stream, session, acks, items, out),
-            Input::Credit { session, credit } => {
-                let now = self.stamper.now();
-                self.queue.credit(session, credit, now);
-                self.more_to_dispatch = true;
+            Input::Credit {
+                stream,
+                session,
+                credit,
+            } => {
+                if self.is_attached(session, stream) {
+                    let now = self.stamper.now();
+                    self.queue.credit(session, credit, now);
+                    self.more_to_dispatch = true;
+                }
             }
             Input::Renew { session } => {
                 let now = self.stamper.now();
                 self.queue.renew(session, now);
             }
             Input::Sent {
+                stream,
                 session,
                 messages,
                 bytes,
-            } => self.queue.sent(session, messages, bytes),
+            } => {
+                if self.is_attached(session, stream) {
+                    self.queue.sent(session, messages, bytes);
+                }
+            }
             Input::Commit {
                 stream,
                 session,
@@ -374,12 +385,14 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
     }
 
+    /// Whether this stream is the one that the session is delivered to.
+    fn is_attached(&self, session: SessionId, stream: StreamId) -> bool {
+        let attached = self.attached.get(&session);
+        attached.is_some_and(|attached| attached.deliveries == stream)
+    }
+
     fn detach(&mut self, session: SessionId, stream: StreamId) {
-        if self
-            .attached
-            .get(&session)
-            .is_some_and(|a| a.deliveries == stream)
-        {
+        if self.is_attached(session, stream) {
             self.attached.remove(&session);
             let now = self.stamper.now();
             self.queue.detach(session, now);

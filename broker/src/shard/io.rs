@@ -54,7 +54,9 @@ pub enum Input<K> {
         session: SessionId,
         token: u64,
     },
+    /// Counts are of one attachment: from another stream than the session's they mean nothing.
     Credit {
+        stream: StreamId,
         session: SessionId,
         credit: ConsumerCredit,
     },
@@ -63,6 +65,7 @@ pub enum Input<K> {
     },
     /// What has really been sent of the hand-outs.
     Sent {
+        stream: StreamId,
         session: SessionId,
         messages: u64,
         bytes: u64,

@@ -27,7 +27,8 @@ use crate::info::LogStats;
 use crate::log::{Health, Log};
 use crate::manifest::{Change, Manifest, State};
 use crate::options::Options;
-use crate::snapshot::Snapshot;
+use crate::planted::{self, Bug};
+use crate::snapshot::{Snapshot, SnapshotError};
 use crate::storage::{Storage, StorageFile};
 use crate::watermark::Watermark;
 
@@ -121,7 +122,7 @@ fn start<S: Storage>(
         tail.saved_as = save_aside(storage, manifest.state(), tail)?;
     }
     let change = Change::Started {
-        epoch: manifest.state().epoch + 1,
+        epoch: manifest.state().epoch + u32::from(!planted::is(Bug::NoRecoveryEpoch)),
         cut: judged.cuts.clone(),
         dropped: judged.dropped.clone(),
         lost_snapshots: report.snapshots_lost.clone(),
@@ -148,10 +149,11 @@ fn save_aside<S: Storage>(
         }
         let source = storage.open(&source_name)?;
         let target = storage.create(&name)?;
-        let mut chunk = vec![0; COPY_BYTES];
+        let most = tail.bytes.min(COPY_BYTES as u64);
+        let mut chunk = vec![0; most as usize];
         let mut at = 0;
         while at < tail.bytes {
-            let step = COPY_BYTES.min((tail.bytes - at) as usize);
+            let step = most.min(tail.bytes - at) as usize;
             let read = source.read_uncached_at(tail.position + at, &mut chunk[..step])?;
             target.write_at(at, &chunk[..read])?;
             at += step as u64;
@@ -176,13 +178,20 @@ pub(crate) fn choose_snapshot<S: Storage>(
 ) -> Result<Option<Snapshot<S>>, OpenError> {
     for named in state.snapshots.iter().rev() {
         let opened = Snapshot::open(storage.clone(), state.store, named.number);
-        let good = opened.ok().filter(|snapshot| {
-            let info = snapshot.info();
-            (info.index, info.digest) == (named.index, named.digest) && snapshot.verify().is_ok()
-        });
-        if let Some(snapshot) = good {
-            report.snapshot = Some(named.index);
-            return Ok(Some(snapshot));
+        let read = opened.and_then(|snapshot| snapshot.verify().map(|()| snapshot));
+        match read {
+            Ok(snapshot) => {
+                let info = snapshot.info();
+                if (info.index, info.digest) == (named.index, named.digest) {
+                    report.snapshot = Some(named.index);
+                    return Ok(Some(snapshot));
+                }
+            }
+            // A disk that fails now may not fail the next time; what is lost is lost for good.
+            Err(SnapshotError::Io { file, source, .. }) if !is_missing(&source) => {
+                return Err(io_error("read", &file, source));
+            }
+            Err(_) => {}
         }
         report.snapshots_lost.push(named.number);
     }
@@ -194,6 +203,11 @@ pub(crate) fn choose_snapshot<S: Storage>(
         }),
         _ => Ok(None),
     }
+}
+
+fn is_missing(error: &io::Error) -> bool {
+    let kind = error.kind();
+    kind == io::ErrorKind::NotFound || kind == io::ErrorKind::UnexpectedEof
 }
 
 fn start_error(options: &Options, source: io::Error) -> OpenError {

@@ -1,6 +1,6 @@
 //! Append, read, roll, seal, reopen; on a real folder and a simulated one.
 
-use millpond_wal::sim::SimStorage;
+use millpond_wal::sim::{Call, Failure, Fault, SimStorage};
 use millpond_wal::storage::{FolderStorage, Mapping, Storage};
 use millpond_wal::{ChunkId, Log, LogError, LogIndex, OpenError, ReadError, Stage};
 
@@ -336,6 +336,33 @@ fn a_full_disk_refuses_and_recovers() {
     let durable = log.durable();
     storage.set_capacity(10 << 20);
     assert_eq!(append(&mut log, 1, BYTES).unwrap().index, durable.next());
+}
+
+#[test]
+fn a_snapshot_that_the_disk_fails_to_read_is_not_given_up() {
+    let storage = SimStorage::new(0);
+    let (mut log, _) = open(&storage);
+    for _ in 0..10 {
+        append(&mut log, 1, 100).unwrap();
+    }
+    let chunk = (ChunkId(1), b"state".as_slice().into());
+    let job = log.snapshot_job(log.applied(), vec![chunk], vec![]);
+    let done = job.unwrap().run().unwrap();
+    log.install_snapshot(done).unwrap();
+    let index = log.snapshot_index();
+    log.close().unwrap();
+    for skip in 0..3 {
+        storage.plan(Failure {
+            call: Some(Call::Read),
+            skip,
+            fault: Fault::Io,
+        });
+        let opened = Log::open(storage.clone(), options());
+        assert!(matches!(opened, Err(OpenError::Io { .. })), "read {skip}");
+        storage.restart_process();
+    }
+    let (log, _) = open(&storage);
+    assert_eq!(log.snapshot_index(), index);
 }
 
 #[test]

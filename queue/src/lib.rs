@@ -15,6 +15,7 @@ mod counters;
 mod dispatch;
 mod effect;
 mod limits;
+pub mod planted;
 mod policy;
 mod queue;
 mod record;

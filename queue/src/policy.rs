@@ -11,6 +11,8 @@ use millpond_protocol::{Stamp, SubscriptionConfig, SubscriptionId};
 
 use millpond_protocol::control::DeadReason;
 
+use crate::planted::{self, Bug};
+
 /// Who fails, for the n-th time.
 #[derive(Copy, Clone, Debug)]
 pub struct Failing {
@@ -26,6 +28,7 @@ pub struct Failing {
 /// When the next attempt is due after a failure at `now`.
 pub fn due_after_failure(config: &SubscriptionConfig, failing: Failing, now: Stamp) -> Stamp {
     let wait_us = wait_ms(&config.backoff, failing).saturating_mul(1_000);
+    let wait_us = wait_us >> u32::from(planted::is(Bug::BackoffHalved));
     let hash = hash(failing);
     let wait_us = match config.jitter {
         Jitter::None => wait_us,
@@ -33,6 +36,11 @@ pub fn due_after_failure(config: &SubscriptionConfig, failing: Failing, now: Sta
         Jitter::Full => hash % (wait_us + 1),
     };
     Stamp(now.0.saturating_add(wait_us))
+}
+
+/// What is due by then may be handed out at `now`.
+pub fn due_by(now: Stamp) -> Stamp {
+    now.plus_ms(u64::from(planted::is(Bug::DueOneEarly)))
 }
 
 /// When a message is due whose settlement named a delay.

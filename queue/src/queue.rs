@@ -195,6 +195,7 @@ impl Queue {
             Record::TokenRevoke { name } => self.token_revoke(name),
             Record::Skip { .. } => Outcome::Done,
             Record::Damaged { topic, ranges } => self.damaged(at, *topic, ranges, out),
+            Record::LetGo { topic, ranges } => self.let_go(*topic, ranges),
         }
     }
 

@@ -169,6 +169,11 @@ pub enum Record<'a> {
         topic: TopicId,
         ranges: Vec<OffsetRun>,
     },
+    /// The bodies of these messages, which nobody needs, are about to go.
+    LetGo {
+        topic: TopicId,
+        ranges: Vec<OffsetRun>,
+    },
 }
 
 /// Where a subscription begins or is moved to; times have been resolved to offsets before.
@@ -311,7 +316,7 @@ kinds! {
     SessionOpen = 30, SessionEnd = 31, Lease = 32, Settle = 33, Commit = 34, Expire = 35,
     Trim = 40, Redrive = 41, RedriveStep = 42, RedriveCancel = 43, DeadPurge = 44,
     TokenAdd = 50, TokenRevoke = 51,
-    Skip = 60, Damaged = 61,
+    Skip = 60, Damaged = 61, LetGo = 62,
 }
 
 impl<'a> Record<'a> {
@@ -348,6 +353,7 @@ impl<'a> Record<'a> {
             Self::TokenRevoke { .. } => kind::TokenRevoke,
             Self::Skip { .. } => kind::Skip,
             Self::Damaged { .. } => kind::Damaged,
+            Self::LetGo { .. } => kind::LetGo,
         }
     }
 
@@ -426,7 +432,9 @@ impl<'a> Record<'a> {
             Self::TokenAdd { name, hash } => put(&(name, hash), out),
             Self::TokenRevoke { name } => put(name, out),
             Self::Skip { from, to } => put(&(from, to), out),
-            Self::Damaged { topic, ranges } => put(&(topic, ranges), out),
+            Self::Damaged { topic, ranges } | Self::LetGo { topic, ranges } => {
+                put(&(topic, ranges), out)
+            }
         }
     }
 
@@ -568,6 +576,10 @@ impl<'a> Record<'a> {
             kind::Damaged => {
                 let (topic, ranges) = get(kind, bytes)?;
                 Self::Damaged { topic, ranges }
+            }
+            kind::LetGo => {
+                let (topic, ranges) = get(kind, bytes)?;
+                Self::LetGo { topic, ranges }
             }
             _ => return Err(RecordError::Kind(kind)),
         })

@@ -5,6 +5,7 @@
 mod dead;
 mod dispatch;
 mod expiry;
+mod let_go;
 mod publish;
 mod sessions;
 mod settle;

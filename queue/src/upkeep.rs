@@ -2,8 +2,10 @@
 
 use millpond_protocol::{LogIndex, Offset, ProducerKey, Sequence, Stamp, TopicId};
 
-use crate::effect::Place;
+use crate::effect::{Outcome, Place};
 use crate::queue::Queue;
+use crate::record::OffsetRun;
+use crate::state::dirty;
 use crate::state::subscription::Subscription;
 use crate::state::topic::Topic;
 
@@ -44,6 +46,102 @@ impl Queue {
             .map(|subscription| subscription.unfinished_between(from, to))
             .sum();
         (wanted + kept_for_replay + pinned).min(to - from + pinned)
+    }
+
+    /// Whether all bodies published from `first` to before `end` are let go: nobody will ever be given
+    /// them, whatever comes.
+    #[must_use]
+    pub fn is_let_go(&self, topic: TopicId, first: Offset, end: Offset) -> bool {
+        if self.pins.bodies_between(topic, first, end) > 0 {
+            return false;
+        }
+        let Some(state) = self.topics.get(&topic) else {
+            return true;
+        };
+        let from = first.0.max(state.first);
+        from >= end.0 || state.gone.next_absent(from) >= end.0
+    }
+
+    /// Runs of messages from `first` to before `end` that nobody needs any more and no record has let
+    /// go, at most `most`: they are to be let go before their bodies are.
+    #[must_use]
+    pub fn unneeded_between(
+        &self,
+        topic: TopicId,
+        first: Offset,
+        end: Offset,
+        most: usize,
+    ) -> Vec<OffsetRun> {
+        let mut runs = Vec::new();
+        let Some(state) = self.topics.get(&topic) else {
+            return runs;
+        };
+        if state.subscriptions.is_empty() {
+            return runs;
+        }
+        let end = end.0.min(self.replay_end(state));
+        let mut at = first.0.max(state.first);
+        while at < end && runs.len() < most {
+            at = state.gone.next_absent(at);
+            let needed = self.needed_from(state, at, end);
+            if needed > at {
+                let stop = needed.min(state.gone.next_present(at).unwrap_or(end));
+                let stop = stop.min(at.saturating_add(u64::from(u32::MAX)));
+                runs.push(OffsetRun {
+                    offset: Offset(at),
+                    count: (stop - at) as u32,
+                });
+                at = stop;
+            } else {
+                at = self.unneeded_from(state, at, end);
+            }
+        }
+        runs
+    }
+
+    /// Lets messages go, except those that somebody has come to need meanwhile.
+    pub(crate) fn let_go(&mut self, id: TopicId, ranges: &[OffsetRun]) -> Outcome {
+        for range in ranges {
+            let (first, end) = (
+                range.offset,
+                Offset(range.offset.0 + u64::from(range.count)),
+            );
+            let runs = self.unneeded_between(id, first, end, usize::MAX);
+            let Some(topic) = self.topics.get_mut(&id) else {
+                break;
+            };
+            for run in runs {
+                let (first, end) = (run.offset.0, run.offset.0 + u64::from(run.count));
+                topic.gone.insert_range(first, end);
+                let gone = |at| dirty::gone(id, at);
+                self.dirty.mark_span(gone, dirty::SETS_SHIFT, first, end);
+            }
+        }
+        Outcome::Done
+    }
+
+    /// The first offset from `at` on that somebody needs; `end` if there is none before it.
+    fn needed_from(&self, topic: &Topic, at: u64, end: u64) -> u64 {
+        let subs = topic.subscriptions.values();
+        let subs = subs.filter_map(|id| self.subscriptions.get(id));
+        let needed = subs.map(|sub| sub.needed_from(at));
+        let pinned = self.pins.next_body(topic.id, Offset(at), Offset(end));
+        // References have their bodies elsewhere, where they are pinned.
+        let references = [
+            topic.letters.range(at..end).next().map(|(at, _)| *at),
+            topic.aliases.range(at..end).next().map(|(at, _)| *at),
+        ];
+        let kept = references.into_iter().flatten();
+        let kept = kept.chain(pinned.map(|offset| offset.0));
+        needed.chain(kept).fold(end, u64::min)
+    }
+
+    /// Somewhere behind `at`, which is needed, and not behind the next offset that is not.
+    fn unneeded_from(&self, topic: &Topic, at: u64, end: u64) -> u64 {
+        let subs = topic.subscriptions.values();
+        let subs = subs.filter_map(|id| self.subscriptions.get(id));
+        let over = subs.map(|sub| sub.needed_until(at, end));
+        over.fold(at + 1, u64::max)
     }
 
     /// Records in the entries `first..=last` by which a dead letter or a waiting retry tells its story.
@@ -91,14 +189,24 @@ impl Subscription {
             _ => 0,
         };
         let from = from.max(self.floor);
-        if from >= to || (self.is_queue() && self.done.next_absent(from) >= to) {
+        if from >= to || self.done.next_absent(from) >= to {
             return reopened + parked;
         }
-        let open = if self.is_queue() {
-            to - from - self.done.count_between(from, to)
-        } else {
-            to - from
-        };
-        open + reopened + parked
+        to - from - self.done.count_between(from, to) + reopened + parked
+    }
+
+    /// The first offset from `at` on whose body it needs.
+    fn needed_from(&self, at: u64) -> u64 {
+        let open = self.done.next_absent(at.max(self.floor));
+        let kept = [&self.reopened, &self.parked].map(|set| set.next_present(at));
+        kept.into_iter().flatten().fold(open, u64::min)
+    }
+
+    /// One past the consecutive offsets from `at` on that it has not finished; `at` if it has.
+    fn needed_until(&self, at: u64, end: u64) -> u64 {
+        if at < self.floor || self.done.contains(at) {
+            return at;
+        }
+        self.done.next_present(at).unwrap_or(end)
     }
 }

@@ -98,6 +98,8 @@ const STREAMING: Profile = &[
     (1, Kind::Dispatch),
     (1, Kind::Wake),
     (1, Kind::Seek),
+    (1, Kind::SubCreate),
+    (2, Kind::LetGo),
     (1, Kind::Pause),
     (1, Kind::Resume),
     (1, Kind::Restart),
@@ -135,6 +137,7 @@ const ADMINISTERING: Profile = &[
     (1, Kind::RedriveCancel),
     (1, Kind::DeadPurge),
     (1, Kind::Damaged),
+    (3, Kind::LetGo),
     (1, Kind::Token),
     (1, Kind::Hold),
 ];

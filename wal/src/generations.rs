@@ -12,6 +12,7 @@ use crate::entry::LogIndex;
 use crate::error::LogError;
 use crate::log::Log;
 use crate::manifest::{Change, SnapshotEntry};
+use crate::planted::{self, Bug};
 use crate::snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
 use crate::storage::Storage;
 
@@ -35,17 +36,20 @@ impl<S: Storage> Log<S> {
         if index > self.applied {
             return Err(LogError::SnapshotTooNew { index });
         }
-        if index == self.durable {
+        let without = planted::is(Bug::SnapshotWithoutDirectory);
+        if index == self.durable && !without {
             self.end_active();
         }
-        self.seal_ended(0)?;
+        if !without {
+            self.seal_ended(0)?;
+        }
         let unsealed = self
             .tables
             .read()
             .open()
             .next()
             .map(|segment| segment.first);
-        if unsealed.is_some_and(|first| first <= index) {
+        if unsealed.is_some_and(|first| first <= index) && !without {
             return Err(LogError::SnapshotTooNew { index });
         }
         let base = self.newest_snapshot.as_ref();

@@ -19,6 +19,7 @@ mod log;
 mod manifest;
 mod mmap;
 mod options;
+pub mod planted;
 mod reader;
 mod record;
 mod recover;

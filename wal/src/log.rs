@@ -25,6 +25,7 @@ use crate::error::{IndexRange, JobError, LogError};
 use crate::info::LogStats;
 use crate::manifest::{Change, Manifest};
 use crate::options::Options;
+use crate::planted::{self, Bug};
 use crate::reader::LogReader;
 use crate::record::{Group, RECORD_HEADER_BYTES, RecordHead, table_slot};
 use crate::retire::{Held, Retirement};
@@ -312,7 +313,14 @@ impl<S: Storage> Log<S> {
             position: active.end,
         });
         debug_assert_eq!(finished.buf.len() as u64, disk_bytes);
-        if let Err(source) = active.file.write_durable_at(active.end, &finished.buf) {
+        let mut written = match planted::is(Bug::AckBeforeSync) {
+            true => active.file.write_at(active.end, &finished.buf),
+            false => active.file.write_durable_at(active.end, &finished.buf),
+        };
+        if written.is_err() && planted::is(Bug::RetryFailedSync) {
+            written = active.file.sync_data();
+        }
+        if let Err(source) = written {
             let name = active.segment.name.clone();
             return Err(self.poison_io("append to", &name, source));
         }
@@ -409,7 +417,10 @@ impl<S: Storage> Log<S> {
         let written = file
             .write_durable_at(0, &block)
             .and_then(|()| file.sync_data())
-            .and_then(|()| self.storage.sync_dir());
+            .and_then(|()| match planted::is(Bug::NoDirectorySync) {
+                true => Ok(()),
+                false => self.storage.sync_dir(),
+            });
         written.map_err(|source| self.poison_io("begin", &name, source))?;
         self.change(Change::Began {
             id,

@@ -27,6 +27,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use crate::buffer::BufferPool;
 use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
+use crate::planted::{self, Bug};
 use crate::segment::{Contents, SegmentId, file_name};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 
@@ -335,9 +336,11 @@ impl<S: Storage> Manifest<S> {
             durable,
             self.previous_crc,
         );
-        self.file
-            .write_durable_at(self.end, &bytes.0)
-            .map_err(ManifestError)?;
+        let written = match planted::is(Bug::ManifestNotSynced) {
+            true => self.file.write_at(self.end, &bytes.0),
+            false => self.file.write_durable_at(self.end, &bytes.0),
+        };
+        written.map_err(ManifestError)?;
         self.end += bytes.0.len() as u64;
         self.sequence += 1;
         self.previous_crc = bytes.1;

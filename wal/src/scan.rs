@@ -13,6 +13,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::directory::{Spot, is_directory_block};
 use crate::entry::{Defect, EntryHeader, HEADER_BYTES, LogIndex, check_payload};
+use crate::planted::{self, Bug};
 use crate::segment::{ENTRIES_START, is_footer};
 use crate::storage::{BLOCK_BYTES, StorageFile};
 
@@ -180,7 +181,10 @@ impl<'a, F: StorageFile> Window<'a, F> {
             self.bytes
                 .resize(usize::try_from(ahead).map_err(io::Error::other)?, 0);
             self.start = at;
-            let read = self.file.read_uncached_at(at, &mut self.bytes)?;
+            let read = match planted::is(Bug::TrustPageCache) {
+                true => self.file.read_at(at, &mut self.bytes)?,
+                false => self.file.read_uncached_at(at, &mut self.bytes)?,
+            };
             self.bytes.truncate(read);
         }
         let from = ((at - self.start) as usize).min(self.bytes.len());

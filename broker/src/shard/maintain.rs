@@ -6,7 +6,7 @@
 use std::io::ErrorKind;
 
 use millpond_protocol::{LogIndex, Offset, TopicId};
-use millpond_queue::{Place, SnapshotDelta};
+use millpond_queue::{Place, Record, SnapshotDelta};
 use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
@@ -21,6 +21,8 @@ use crate::clock::Clock;
 const UPKEEP_EVERY_US: u64 = 1_000_000;
 /// A segment is cleaned when at most this share of its messages is still needed, in percent.
 const CLEAN_LIVE_PERCENT: u64 = 25;
+/// Runs of messages that one look for something to do lets go, at most; 16 bytes of log each.
+const LET_GO_RUNS_MAX: usize = 4_096;
 
 /// Long work for a thread of its own.
 pub enum Job<S: Storage> {
@@ -187,21 +189,24 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     }
 
     /// Removes the segments that nothing needs and plans the cleaning of one that is mostly dead.
+    /// Before a body goes, a record has said so: whoever seeks back passes over it.
     fn reclaim(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
         let mut dead = Vec::new();
         let mut mostly_dead = None;
+        let mut runs_left = LET_GO_RUNS_MAX;
         for segment in self.log.segments() {
             if segment.stage != Stage::Sealed || !segment.covered {
                 continue;
             }
-            match self.live_percent(&segment) {
+            let live = self.live_percent(&segment);
+            let is_whole = segment.contents != Contents::Sparse;
+            let may_go = live.is_none_or(|percent| percent <= CLEAN_LIVE_PERCENT && is_whole);
+            if !may_go || self.propose_letting_go(&segment, &mut runs_left) {
+                continue;
+            }
+            match live {
                 None => dead.push(segment.id),
-                Some(percent)
-                    if percent <= CLEAN_LIVE_PERCENT && segment.contents != Contents::Sparse =>
-                {
-                    mostly_dead = mostly_dead.or(Some(segment));
-                }
-                Some(_) => {}
+                Some(_) => mostly_dead = mostly_dead.or(Some(segment)),
             }
         }
         if !dead.is_empty() {
@@ -218,11 +223,31 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
     }
 
+    /// Proposes to let go what nobody needs of a segment; false: all of that is let go already.
+    fn propose_letting_go(&mut self, segment: &SegmentInfo, runs_left: &mut usize) -> bool {
+        let mut is_open = false;
+        for range in &segment.topics {
+            let topic = TopicId(range.topic);
+            let (first, end) = (Offset(range.first_offset), Offset(range.end_offset));
+            let most = (*runs_left).max(1);
+            let ranges = self.queue.unneeded_between(topic, first, end, most);
+            if ranges.is_empty() {
+                continue;
+            }
+            is_open = true;
+            if *runs_left > 0 {
+                *runs_left = runs_left.saturating_sub(ranges.len());
+                self.push_unawaited(&Record::LetGo { topic, ranges });
+            }
+        }
+        is_open
+    }
+
     fn plan_clean(&mut self, segment: &SegmentInfo, out: &mut Outbox<S>) -> Result<(), Fatal> {
         let queue = &self.queue;
         let row_lives = |row: &Row| {
             let end = Offset(row.base + u64::from(row.count));
-            queue.live_between(TopicId(row.topic), Offset(row.base), end) > 0
+            !queue.is_let_go(TopicId(row.topic), Offset(row.base), end)
         };
         let pins = queue.pins_between(LogIndex(segment.first.0), LogIndex(segment.last.0));
         let kept = pins.map(|place| millpond_wal::Place {

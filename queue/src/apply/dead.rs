@@ -11,6 +11,7 @@ use millpond_protocol::{ErrorCode, Offset, SubscriptionId, TopicId};
 use super::unknown_topic;
 use crate::dispatch::timers::Timer;
 use crate::effect::{Effect, Outcome};
+use crate::planted::{self, Bug};
 use crate::queue::{At, Queue};
 use crate::state::dead_letter::Letter;
 use crate::state::dirty;
@@ -71,10 +72,21 @@ impl Queue {
             answered: retry.answered,
             own,
         };
+        if planted::is(Bug::DeadLetterLost) {
+            self.finish(sub_id, offset, offset + 1);
+            return;
+        }
         let bytes = self.bytes_of(sub.topic, offset);
         let place = sub
             .dead_topic
             .and_then(|dead| self.file(at, dead, letter, bytes));
+        if planted::is(Bug::DeadLetterStays) {
+            if let Some(sub) = self.subscriptions.get_mut(&sub_id) {
+                let due = Some(at.stamp);
+                sub.wait(offset, Retry { due, ..retry }, u32::MAX, &mut self.dirty);
+            }
+            return;
+        }
         *self.counters.dead.entry(reason).or_default() += 1;
         if let Some(sub) = self.subscriptions.get_mut(&sub_id) {
             match place {
@@ -298,6 +310,7 @@ impl Queue {
             return false;
         }
         match target {
+            RedriveTarget::Subscription if planted::is(Bug::RedriveLosesLetter) => {}
             RedriveTarget::Subscription => self.reopen(at, &letter),
             RedriveTarget::Topic => self.publish_again(at, dead, offset, &letter),
         }

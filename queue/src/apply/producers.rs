@@ -17,6 +17,7 @@ use super::unknown_topic;
 use crate::dispatch::timers::Timer;
 use crate::effect::{AppendedRun, Effect, Outcome};
 use crate::limits::PRODUCER_IDLE_MS;
+use crate::planted::{self, Bug};
 use crate::queue::{At, Queue};
 use crate::state::dedup::Producer;
 use crate::state::dirty;
@@ -162,12 +163,15 @@ impl Queue {
             );
             return refused(Sequence(0), error);
         };
-        let last = producer.last;
+        let last = match planted::is(Bug::DuplicateAppended) {
+            true => previous,
+            false => producer.last,
+        };
         if producer.topic != topic || !self.topics.contains_key(&topic) {
             let error = WireError::new(ErrorCode::UnknownTopic, "the topic does not exist");
             return refused(last, error);
         }
-        if producer.epoch != epoch {
+        if producer.epoch != epoch && !planted::is(Bug::FencedProducerAccepted) {
             self.counters.producers_fenced += 1;
             return refused(last, fenced());
         }
@@ -179,7 +183,8 @@ impl Queue {
             return refused(last, error);
         };
         let new = count - batch.duplicates;
-        if new > 0 && batch.before_new != last {
+        let is_gap = batch.before_new != last && !planted::is(Bug::SequenceGapAccepted);
+        if new > 0 && is_gap {
             self.counters.sequence_gaps += 1;
             let sentence = format!(
                 "messages before this batch are missing: it follows {}, the last accepted is {last}",
@@ -253,7 +258,7 @@ impl Queue {
         self.counters.published += u64::from(new);
         rows.push(AckRow {
             last_sequence: batch.last,
-            offset: Offset(base),
+            offset: Offset(base + u64::from(planted::is(Bug::OffsetOffByOne))),
             count: new,
             kind: AckKind::Appended,
         });

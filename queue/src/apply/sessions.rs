@@ -17,6 +17,7 @@ use super::unknown_subscription;
 use crate::dispatch::timers::Timer;
 use crate::effect::{Effect, Outcome};
 use crate::limits::{SESSION_GRACE_MS, SESSIONS_MAX};
+use crate::planted::{self, Bug};
 use crate::queue::{At, Queue, Work};
 use crate::record::{FailureKind, LeaseRange, OffsetRun, Story};
 use crate::state::dirty;
@@ -44,6 +45,7 @@ impl Queue {
             self.work.timers.arm(Timer::Session(session.id), grace);
         }
         for sub in self.subscriptions.values_mut() {
+            sub.spoil_at_restart(at.stamp);
             sub.leases.forget_begun();
             sub.hand = Default::default();
             sub.hand.reset(sub.cursor);
@@ -163,7 +165,9 @@ impl Queue {
         for run in &runs {
             sub.leases.cut(run.first, run.end);
         }
-        self.end_leases(at, &session, &runs, clean, begun, story);
+        if clean || !planted::is(Bug::SessionEndLosesLeases) {
+            self.end_leases(at, &session, &runs, clean, begun, story);
+        }
         if !clean {
             self.tell_lost(id, &runs, out);
         }

@@ -13,6 +13,7 @@ use millpond_protocol::{ErrorCode, SessionId, Stamp, SubscriptionId};
 use super::unknown_subscription;
 use crate::dispatch::timers::Timer;
 use crate::effect::{Outcome, Refusal};
+use crate::planted::{self, Bug};
 use crate::policy::{self, Failing};
 use crate::queue::{At, Queue};
 use crate::record::{FailureKind, SettleEntry};
@@ -118,7 +119,8 @@ impl Queue {
                 continue;
             };
             let stop = run.end.min(end);
-            if run.session == session && run.delivery == ack.delivery.0 {
+            let is_mine = run.session == session && run.delivery == ack.delivery.0;
+            if is_mine || planted::is(Bug::StaleSettlementAccepted) {
                 sub.leases.cut(offset, stop);
                 self.ack(sub_id, session, offset, stop);
             } else {
@@ -137,6 +139,7 @@ impl Queue {
         }
         self.counters.acked += end - first;
         self.forget_retries(sub_id, first, end);
+        let end = end + u64::from(planted::is(Bug::AckTakesNeighbour));
         self.finish(sub_id, first, end);
     }
 
@@ -205,7 +208,10 @@ impl Queue {
             return Err(MessageState::Gone);
         };
         let delivery = item.lease.delivery.0;
-        let mine = |run: &&LeaseRun| run.session == session && run.delivery == delivery;
+        let mine = |run: &&LeaseRun| {
+            (run.session == session && run.delivery == delivery)
+                || planted::is(Bug::StaleSettlementAccepted)
+        };
         if sub.leases.get(offset).filter(mine).is_none() {
             let Some(topic) = self.topics.get(&sub.topic) else {
                 return Err(MessageState::Gone);
@@ -316,6 +322,7 @@ impl Queue {
                 );
                 self.counters.failed(FailureKind::Reject, code);
             }
+            Ending::Release { .. } if planted::is(Bug::ReleaseLost) => return,
             Ending::Release { suspect, .. } => {
                 retry.releases += 1;
                 retry.suspect = suspect || (retry.suspect && !ended.answered);
@@ -354,7 +361,8 @@ impl Queue {
             return Some(policy::reason_of_reject(kind));
         }
         let failed = matches!(ending, Ending::Failure { .. });
-        if failed && retry.failures >= self.max_attempts(sub, offset, retry) {
+        let more = u32::from(planted::is(Bug::OneAttemptMore));
+        if failed && retry.failures >= self.max_attempts(sub, offset, retry) + more {
             return Some(DeadReason::MaxAttempts);
         }
         if retry.deliveries >= sub.config.max_deliveries {
@@ -454,7 +462,7 @@ impl Retry {
         begun_at: Option<Stamp>,
         consumer: &Arc<str>,
     ) {
-        self.failures += 1;
+        self.failures += 1 + u32::from(planted::is(Bug::AttemptCountedTwice));
         self.suspect = false;
         self.lost = kind == FailureKind::SessionLost;
         self.place = Some(at.place);

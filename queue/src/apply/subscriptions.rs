@@ -19,6 +19,7 @@ use super::{unknown_subscription, unknown_topic};
 use crate::dispatch::timers::Timer;
 use crate::effect::{Effect, Outcome};
 use crate::limits::SUBSCRIPTIONS_MAX;
+use crate::planted::{self, Bug};
 use crate::queue::{At, Queue};
 use crate::record::StartPosition;
 use crate::state::dirty::{self, ENTITY_MAX};
@@ -79,6 +80,7 @@ impl Queue {
             // Expiries that went before it concern it too.
             topic.reconsider_lives(start, &mut self.dirty);
         }
+        self.skip_gone(id);
         self.reset_hand(id);
         self.dirty.mark(dirty::META);
         self.dirty.mark(dirty::topic(topic_id, 0));
@@ -259,7 +261,10 @@ impl Queue {
         for (offset, _) in sub.dead.range(target..) {
             sub.done.insert(*offset);
         }
-        sub.set_floor(target, &mut self.dirty);
+        self.skip_gone(id);
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return unknown_subscription();
+        };
         if let Some(active) = sub.active {
             out.push(Effect::Active {
                 session: active,
@@ -275,6 +280,22 @@ impl Queue {
         self.work.timers.arm(Timer::Topic(topic_id), self.last);
         self.wake(id);
         Outcome::Done
+    }
+
+    /// What was let go before a subscription begins or goes back there is finished for it too.
+    fn skip_gone(&mut self, id: SubscriptionId) {
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return;
+        };
+        let Some(topic) = self.topics.get(&sub.topic) else {
+            return;
+        };
+        let floor = sub.floor;
+        if !planted::is(Bug::GoneForgotten) {
+            sub.done.insert_all(&topic.gone, floor);
+        }
+        self.dirty.mark_sets(id, floor, topic.next);
+        sub.set_floor(floor, &mut self.dirty);
     }
 
     pub(crate) fn subscription_delete(

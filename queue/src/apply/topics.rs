@@ -159,6 +159,10 @@ impl Queue {
             .rows
             .front()
             .map_or(topic.first, |row| row.first);
+        let gone = topic.gone.next_present(0).unwrap_or(first);
+        let gones = |at| dirty::gone(id, at);
+        self.dirty.mark_span(gones, dirty::SETS_SHIFT, gone, first);
+        topic.gone.remove_below(first);
         topic.first = first;
         topic.trim_proposed = topic.trim_proposed.max(first);
         self.dirty.mark(dirty::topic(id, 0));

@@ -14,6 +14,8 @@ use super::timers::{Timer, Timers};
 use crate::counters::Counters;
 use crate::effect::{Handout, Proposal};
 use crate::limits::{HANDOUT_MAX, SCAN_MAX};
+use crate::planted::{self, Bug};
+use crate::policy::due_by;
 use crate::queue::Queue;
 use crate::record::{LeaseRange, Record};
 use crate::state::redelivery::Retry;
@@ -118,9 +120,14 @@ impl Server<'_> {
         while handed < budget {
             let read = session.live.read.max(self.sub.floor).max(self.topic.first);
             let room = session.room(self.average_bytes).min(HANDOUT_MAX);
+            // What was let go is passed over.
+            let read = self.sub.done.next_absent(read);
+            let read = read + u64::from(planted::is(Bug::StreamSkips) && read % 8 == 5);
+            let end = self.sub.done.next_present(read).unwrap_or(u64::MAX);
             let count = self
                 .topic
                 .next
+                .min(end)
                 .saturating_sub(read)
                 .min(room)
                 .min(budget - handed);
@@ -163,7 +170,7 @@ impl Server<'_> {
 
     /// One message that must be its session's only one.
     fn alone(&mut self) -> u64 {
-        let until = ..=(self.now, u64::MAX);
+        let until = ..=(due_by(self.now), u64::MAX);
         let hand = &self.sub.hand;
         let mut waiting = self.sub.retries.alone().range(until);
         let next = waiting.find(|(_, offset)| {
@@ -206,7 +213,7 @@ impl Server<'_> {
         let Some((id, room)) = self.next_session() else {
             return 0;
         };
-        let until = ..=(self.now, u64::MAX);
+        let until = ..=(due_by(self.now), u64::MAX);
         let most = HANDOUT_MAX as usize;
         let due = self.sub.retries.due().range(until).take(most).count() as u64;
         let new = self.topic.next.saturating_sub(self.sub.hand.cursor) + self.sub.again.len();
@@ -280,7 +287,7 @@ impl Server<'_> {
 
     /// Due retries that have not been proposed, by (due, offset).
     fn due(&self, most: u64) -> Vec<(Stamp, u64)> {
-        let until = ..=(self.now, u64::MAX);
+        let until = ..=(due_by(self.now), u64::MAX);
         let hand = &self.sub.hand;
         let due = self.sub.retries.due().range(until);
         let open = due.filter(|(_, offset)| {

@@ -91,6 +91,12 @@ impl Pins {
         self.bodies.range(range).count() as u64
     }
 
+    /// The first pinned body from `first` to before `end`.
+    pub fn next_body(&self, topic: TopicId, first: Offset, end: Offset) -> Option<Offset> {
+        let range = (topic, first)..(topic, end.max(first));
+        self.bodies.range(range).next().map(|((_, at), _)| *at)
+    }
+
     pub fn records_between(&self, first: LogIndex, last: LogIndex) -> impl Iterator<Item = Place> {
         let at = |index, record| Place { index, record };
         let range = at(first, 0)..=at(last.max(first), u32::MAX);

@@ -79,6 +79,8 @@ classes! {
     leases(SubscriptionId) = 7, 0;
     retries(SubscriptionId) = 8, ENTRIES_SHIFT;
     sessions(SubscriptionId) = 9, 0;
+    /// Offsets that were let go out of turn.
+    gone(TopicId) = 11, SETS_SHIFT;
 }
 
 /// The entity part of an id is 28 bits wide.

@@ -93,6 +93,10 @@ impl Queue {
                 .get(sub)
                 .map_or(u64::MAX, |sub| sub.keeps());
             assert!(topic.first <= keeps, "what is not finished is kept");
+            let sub = self.subscriptions.get(sub);
+            let mut gone = topic.gone.iter();
+            let finished = |at| sub.is_none_or(|sub| sub.is_finished(at));
+            assert!(gone.all(finished), "what was let go is finished");
         }
         if let Some(head) = topic.delays.head() {
             assert!(

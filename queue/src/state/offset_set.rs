@@ -137,6 +137,15 @@ impl OffsetSet {
         }
     }
 
+    /// Inserts what `other` has from `first` on.
+    pub fn insert_all(&mut self, other: &OffsetSet, first: u64) {
+        let mut at = first;
+        while let Some(run) = other.next_present(at) {
+            at = other.next_absent(run);
+            self.insert_range(run, at);
+        }
+    }
+
     pub fn clear(&mut self) {
         *self = Self::default();
     }

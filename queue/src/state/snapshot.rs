@@ -16,9 +16,11 @@ use millpond_protocol::{
 use serde::{Deserialize, Serialize};
 
 use crate::effect::{Place, SnapshotDelta};
+use crate::planted::{self, Bug};
 use crate::queue::Queue;
 use crate::record::FailureKind;
 use crate::state::dirty::{self, ENTRIES_SHIFT, ROWS_SHIFT, SETS_SHIFT};
+use crate::state::offset_set::OffsetSet;
 use crate::state::redelivery::Answer;
 use crate::state::topic::Topic;
 
@@ -143,6 +145,12 @@ struct SetsChunk {
 }
 
 #[derive(Serialize, Deserialize)]
+struct GoneChunk {
+    key: u64,
+    gone: Vec<u8>,
+}
+
+#[derive(Serialize, Deserialize)]
 struct LeaseChunk {
     first: u64,
     end: u64,
@@ -233,6 +241,8 @@ impl Queue {
             all.extend(extras.map(|at| dirty::extras(*id, at)));
             let letters = topic.letters.keys().chain(topic.aliases.keys());
             all.extend(letters.map(|at| dirty::letters(*id, *at)));
+            let gone = topic.gone.chunk_keys();
+            all.extend(gone.map(|key| dirty::gone(*id, key << SETS_SHIFT)));
         }
         for (id, sub) in &self.subscriptions {
             for chunk in [dirty::subscription, dirty::leases, dirty::sessions] {
@@ -264,6 +274,7 @@ impl Queue {
             (7, _) => self.leases_chunk(sub),
             (8, _) => self.retries_chunk(sub, part),
             (9, _) => self.sessions_chunk(sub),
+            (11, _) => self.gone_chunk(topic, part),
             _ => self.producer_chunk(ProducerKey(id & ((1 << 60) - 1))),
         }
     }
@@ -387,21 +398,26 @@ impl Queue {
     fn sets_chunk(&self, id: SubscriptionId, part: u64) -> Option<Vec<u8>> {
         let sub = self.subscriptions.get(&id)?;
         let sets = [&sub.done, &sub.again, &sub.reopened, &sub.parked];
-        // Keys wrap far beyond what lives at one time: the one that has members is meant.
-        let wrapped = |key: &u64| key & 0xffff_ffff == part;
-        let base = self.topics.get(&sub.topic).map_or(0, |topic| topic.next) >> SETS_SHIFT;
-        let near = (base & !0xffff_ffff) | part;
-        let candidates = [near, near.wrapping_sub(1 << 32)];
-        let has = |key: &u64| sets.iter().any(|set| !set.chunk_bytes(*key).is_empty());
-        let key = candidates.into_iter().filter(wrapped).find(has)?;
-        let bytes = |set: &crate::state::offset_set::OffsetSet| set.chunk_bytes(key);
+        let next = self.topics.get(&sub.topic).map_or(0, |topic| topic.next);
+        let key = key_of(part, next, &sets)?;
+        let bytes = |set: &OffsetSet| set.chunk_bytes(key);
         some(&SetsChunk {
             key,
-            done: bytes(&sub.done),
+            done: match planted::is(Bug::DoneNotInSnapshot) {
+                true => Vec::new(),
+                false => bytes(&sub.done),
+            },
             again: bytes(&sub.again),
             reopened: bytes(&sub.reopened),
             parked: bytes(&sub.parked),
         })
+    }
+
+    fn gone_chunk(&self, id: TopicId, part: u64) -> Option<Vec<u8>> {
+        let topic = self.topics.get(&id)?;
+        let key = key_of(part, topic.next, &[&topic.gone])?;
+        let gone = topic.gone.chunk_bytes(key);
+        some(&GoneChunk { key, gone })
     }
 
     fn leases_chunk(&self, id: SubscriptionId) -> Option<Vec<u8>> {
@@ -470,6 +486,9 @@ impl Queue {
     }
 
     fn producer_chunk(&self, key: ProducerKey) -> Option<Vec<u8>> {
+        if planted::is(Bug::DedupNotInSnapshot) {
+            return None;
+        }
         let producer = self.producers.get(key)?;
         let runs = producer.runs.iter();
         some(&ProducerChunk {
@@ -497,6 +516,16 @@ fn topic_chunk(topic: &Topic) -> TopicChunk {
         ttl_floor: topic.ttl_floor,
         is_dead_letter: topic.is_dead_letter,
     }
+}
+
+/// Which chunk of the sets a part is, if they have it. Keys wrap far beyond what lives at one time: the
+/// one that has members is meant.
+fn key_of(part: u64, next: u64, sets: &[&OffsetSet]) -> Option<u64> {
+    let wrapped = |key: &u64| key & 0xffff_ffff == part;
+    let near = ((next >> SETS_SHIFT) & !0xffff_ffff) | part;
+    let candidates = [near, near.wrapping_sub(1 << 32)];
+    let has = |key: &u64| sets.iter().any(|set| !set.chunk_bytes(*key).is_empty());
+    candidates.into_iter().filter(wrapped).find(has)
 }
 
 /// The offsets of a part, near `around`: parts wrap at 2^32.

@@ -8,7 +8,8 @@
 //!   `again` (came due before the cursor came by); else never handed out.
 //!
 //! Invariants: `floor <= cursor <= next` and `done` has nothing below `floor` nor the floor itself.
-//! Stream mode uses only `floor`: the committed consumer offset.
+//! Stream mode uses only `floor`, the committed consumer offset, and `done` for what was let go before
+//! the subscription began or went back there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use millpond_protocol::{
     Offset, SessionId, Stamp, SubscriptionConfig, SubscriptionId, SubscriptionMode, TopicId,
 };
 
+use crate::policy::due_by;
 use crate::state::dirty::{self, Dirty};
 use crate::state::lease::{LeaseRun, Leases};
 use crate::state::offset_set::OffsetSet;
@@ -238,7 +240,7 @@ impl Subscription {
         dirty: &mut Dirty,
     ) -> bool {
         if let Some(retry) = self.retries.get(offset) {
-            let is_due = retry.due.is_some_and(|due| due <= now);
+            let is_due = retry.due.is_some_and(|due| due <= due_by(now));
             if !is_due || delivery != retry.delivery.max(self.delivery_base) + 1 {
                 return false;
             }

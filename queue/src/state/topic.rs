@@ -2,7 +2,8 @@
 //!
 //! Invariants: `first <= next`; index rows rise and the first one covers `first`; `extras` has a
 //! message only if it differs from its topic's defaults; every delayed message that is not due yet
-//! stands in `delays`. Bodies are in the log, not here.
+//! stands in `delays`; what is in `gone` is finished for every subscription, whenever it came. Bodies
+//! are in the log, not here.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -11,6 +12,7 @@ use millpond_protocol::{Offset, Stamp, SubscriptionId, TopicConfig, TopicId};
 
 use crate::state::dead_letter::Letter;
 use crate::state::dirty::{self, Dirty};
+use crate::state::offset_set::OffsetSet;
 
 /// Messages after which the index gets a new row.
 pub const ROW_MESSAGES: u64 = 1_024;
@@ -33,6 +35,8 @@ pub struct Topic {
     /// Messages below it without a life of their own have outlived the topic's time to live.
     pub ttl_floor: u64,
     pub subscriptions: BTreeMap<Arc<str>, SubscriptionId>,
+    /// Offsets from `first` on that were let go out of turn: their bodies may be cleaned away.
+    pub gone: OffsetSet,
     pub letters: BTreeMap<u64, Letter>,
     /// Messages redriven to this topic: where their bodies were published.
     pub aliases: BTreeMap<u64, (TopicId, Offset)>,
@@ -71,6 +75,7 @@ impl Topic {
             lives: BTreeSet::new(),
             ttl_floor: 0,
             subscriptions: BTreeMap::new(),
+            gone: OffsetSet::default(),
             letters: BTreeMap::new(),
             aliases: BTreeMap::new(),
             sources: BTreeSet::new(),
@@ -133,7 +138,8 @@ impl Topic {
         let letters = self.letters.len() * (size_of::<Letter>() + 16);
         let rows = self.index.rows.len() * size_of::<Row>();
         let others = self.extras.len() * 56 + self.lives.len() * 24 + self.aliases.len() * 40;
-        (size_of::<Self>() + letters + rows + others) as u64 + self.delays.memory_bytes()
+        let sets = self.delays.memory_bytes() + self.gone.memory_bytes();
+        (size_of::<Self>() + letters + rows + others) as u64 + sets
     }
 
     /// Whether the message's time to live is over, as far as records have said so.

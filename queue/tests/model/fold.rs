@@ -1,12 +1,14 @@
 //! One record: what it must answer and change. Here are topics, tokens and the whole.
 
+use std::collections::BTreeSet;
+
 use millpond_protocol::control::DeadReason;
 use millpond_protocol::name::check_topic;
 use millpond_protocol::policy::OnLimit;
 use millpond_protocol::{
     ErrorCode, Offset, SessionId, Stamp, SubscriptionId, TopicConfig, TopicId,
 };
-use millpond_queue::{Effect, Expired, Outcome, PRODUCER_IDLE_MS, Place, Queue, Record};
+use millpond_queue::{Effect, Expired, OffsetRun, Outcome, PRODUCER_IDLE_MS, Place, Queue, Record};
 
 use crate::producers::Batch;
 use crate::state::*;
@@ -123,6 +125,7 @@ impl Model {
                 next,
             } => self.commit(*subscription, *session, *next, to),
             Record::Trim { topic, first } => self.trim(*topic, first.0, to),
+            Record::LetGo { topic, ranges } => self.let_go(*topic, ranges, to),
             Record::TokenAdd { name, hash } => {
                 let known = self.tokens.contains_key(*name);
                 if to.accepted(&reasons(&[(known, ErrorCode::AlreadyExists)])) {
@@ -153,7 +156,43 @@ impl Model {
         self.adopt_first(to);
         for sub in self.subs.values_mut() {
             sub.floor = sub.floor.max(sub.unfinished_after(sub.floor));
+            while sub.gone.contains(&sub.committed) {
+                sub.committed += 1;
+            }
         }
+    }
+
+    /// The core chooses what it lets go; nobody may need any of it.
+    fn let_go(&mut self, id: TopicId, ranges: &[OffsetRun], to: &Applied<'_>) {
+        assert!(to.accepted(&[]));
+        let Some(topic) = self.topics.get(&id) else {
+            return;
+        };
+        let (first, next) = (topic.first, topic.next());
+        for range in ranges {
+            let end = (range.offset.0 + u64::from(range.count)).min(next);
+            for offset in range.offset.0.max(first)..end {
+                let is_gone = to.core.is_let_go(id, Offset(offset), Offset(offset + 1));
+                if is_gone && !self.topics[&id].gone.contains(&offset) {
+                    assert!(!self.is_needed(id, offset), "{offset} of {id:?} is needed");
+                    self.topics.get_mut(&id).unwrap().gone.insert(offset);
+                }
+            }
+        }
+    }
+
+    fn is_needed(&self, id: TopicId, offset: u64) -> bool {
+        let message = &self.topics[&id].messages[offset as usize];
+        let wants = |sub: &SubscriptionId| match &self.subs[sub] {
+            sub if sub.is_queue() => !sub.items[offset as usize].is_finished(),
+            sub => sub.committed <= offset && !sub.gone.contains(&offset),
+        };
+        let subs = self.subs_of(id);
+        let is_reference = message.letter.is_some() || message.copy;
+        let has_letter = self
+            .letters()
+            .any(|(.., letter)| letter.body == message.body);
+        is_reference || has_letter || subs.is_empty() || subs.iter().any(wants)
     }
 
     /// A restart charges nothing; everybody has to come back.
@@ -198,6 +237,7 @@ impl Model {
             config,
             first: 0,
             messages: Vec::new(),
+            gone: BTreeSet::new(),
             is_dead,
         };
         self.topics.insert(id, topic);

@@ -64,6 +64,7 @@ pub enum Kind {
     RedriveCancel,
     DeadPurge,
     Damaged,
+    LetGo,
     Token,
     Hold,
 }
@@ -161,6 +162,7 @@ impl World {
             Kind::Redrive | Kind::RedriveCancel | Kind::DeadPurge | Kind::Damaged => {
                 self.step_dead(kind, a, b, c)
             }
+            Kind::LetGo => self.let_go(a, b, c),
             _ => self.step_subscription(kind, a, b, c),
         }
     }
@@ -580,6 +582,19 @@ impl World {
                 })
             }
         };
+    }
+
+    /// As the shard does it before it cleans; something that may be needed is among it.
+    fn let_go(&mut self, a: u8, b: u8, c: u8) {
+        let topic = self.topic(a);
+        let end = Offset(u64::from(b) * 2);
+        let most = 1 + usize::from(c % 8);
+        let mut ranges = self.core.unneeded_between(topic, Offset(0), end, most);
+        ranges.push(OffsetRun {
+            offset: Offset(u64::from(c % 16)),
+            count: 3,
+        });
+        self.commit(&Record::LetGo { topic, ranges });
     }
 
     fn step_dead(&mut self, kind: Kind, a: u8, b: u8, c: u8) {

@@ -71,6 +71,8 @@ pub struct Topic {
     pub first: u64,
     /// By offset, for ever.
     pub messages: Vec<Message>,
+    /// Let go out of turn: finished for every subscription that comes or goes back there.
+    pub gone: BTreeSet<u64>,
     /// Made for letters.
     pub is_dead: bool,
 }
@@ -121,6 +123,8 @@ pub struct Sub {
     pub floor: u64,
     /// Stream mode.
     pub committed: u64,
+    /// Stream mode: let go before it came there.
+    pub gone: BTreeSet<u64>,
     /// Stream mode: those that wait, the active one first.
     pub line: Vec<SessionId>,
     /// Moved by a seek since the last look.

@@ -74,6 +74,10 @@ impl Model {
             .iter_mut()
             .take(start as usize)
             .for_each(|item| item.state = State::Gone);
+        let gone = self.topics[&topic].gone.clone();
+        for offset in gone.range(start..) {
+            items[*offset as usize].state = State::Acked;
+        }
         if config.mode == SubscriptionMode::Stream {
             items.clear();
         }
@@ -87,6 +91,10 @@ impl Model {
             items,
             floor: start,
             committed: start,
+            gone: match config.mode {
+                SubscriptionMode::Stream => gone,
+                SubscriptionMode::Queue => Default::default(),
+            },
             line: Vec::new(),
             sought: false,
         };
@@ -211,7 +219,11 @@ impl Model {
                 };
             }
         }
+        let gone = self.topics[&self.subs[&id].topic].gone.clone();
         let sub = self.subs.get_mut(&id).unwrap();
+        for offset in gone.range(target..) {
+            sub.items[*offset as usize].state = State::Acked;
+        }
         sub.sought = true;
         sub.floor = target;
     }
@@ -226,7 +238,12 @@ impl Model {
     }
 
     fn move_stream(&mut self, id: SubscriptionId, target: u64, to: &Applied<'_>) {
+        let gone = self.topics[&self.subs[&id].topic].gone.clone();
         let sub = self.subs.get_mut(&id).unwrap();
+        sub.gone = gone;
+        let target = (target..)
+            .find(|at| !sub.gone.contains(at))
+            .unwrap_or(target);
         sub.committed = target;
         sub.sought = true;
         if let Some(&session) = sub.line.first() {

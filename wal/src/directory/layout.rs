@@ -5,6 +5,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::{Row, Spot, TopicSpan};
 use crate::entry::{LogIndex, Place};
+use crate::planted::{self, Bug};
 use crate::segment::Footer;
 use crate::storage::BLOCK_BYTES;
 
@@ -225,7 +226,8 @@ pub(super) fn block_is_good(block: &[u8], number: u64, uuid: [u8; 16]) -> bool {
     header.magic == MAGIC
         && u64::from(header.number.get()) == number
         && header.tag == tag_of(uuid)
-        && crc32fast::hash(&block[4..]) == header.crc.get()
+        && (crc32fast::hash(&block[4..]) == header.crc.get()
+            || planted::is(Bug::TrustDamagedDirectory))
 }
 
 fn tag_of(uuid: [u8; 16]) -> [u8; 4] {

@@ -8,8 +8,8 @@ use millpond_protocol::{Offset, ProducerKey, SubscriptionId, TopicId};
 use serde::de::DeserializeOwned;
 
 use super::{
-    ExtraChunk, FORMAT, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk, ProducerChunk,
-    RetryChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
+    ExtraChunk, FORMAT, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk,
+    ProducerChunk, RetryChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
 };
 use crate::effect::RestoreError;
 use crate::limits::Options;
@@ -78,6 +78,7 @@ impl Queue {
                 let key = ProducerKey(id & ((1 << 60) - 1));
                 self.read_producer(key, decode(id, bytes)?);
             }
+            (11, _) => self.read_gone(topic, &decode(id, bytes)?)?,
             _ => return Err(RestoreError::Chunk { chunk: id }),
         }
         Ok(())
@@ -157,6 +158,15 @@ impl Queue {
             topic.aliases.insert(offset, (source, body));
         }
         Ok(())
+    }
+
+    fn read_gone(&mut self, id: TopicId, chunk: &GoneChunk) -> Result<()> {
+        let topic = self.topics.get_mut(&id).ok_or(ORPHAN)?;
+        if topic.gone.set_chunk(chunk.key, &chunk.gone) {
+            Ok(())
+        } else {
+            Err(RestoreError::Contradiction("a set of offsets is none"))
+        }
     }
 
     fn read_subscription(&mut self, id: SubscriptionId, chunk: SubscriptionChunk) -> Result<()> {

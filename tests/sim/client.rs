@@ -3,6 +3,7 @@
 use crate::history::{Event, History};
 use crate::plan::Plan;
 use crate::rng::Rng;
+use crate::stats::{Mishaps, Stats};
 use crate::wire::{ConnId, Slot, Up};
 
 /// What a client may see and do when it is called. What it does happens after the call, in order.
@@ -10,6 +11,7 @@ pub struct Hands<'a> {
     pub rng: &'a mut Rng,
     pub plan: &'a Plan,
     pub history: &'a mut History,
+    pub stats: &'a mut Stats,
     /// The broker takes connections.
     pub is_up: bool,
     /// Nothing goes wrong any more: finish what there is.
@@ -60,6 +62,11 @@ impl Hands<'_> {
 
     pub fn note(&mut self, event: Event) {
         self.history.events.push(event);
+    }
+
+    /// Something has gone wrong with this client.
+    pub fn mishap(&mut self, which: impl Fn(&mut Mishaps) -> &mut u64) {
+        self.stats.mishap(self.is_up, which);
     }
 
     /// Something that happens in `permille` of 1,000 cases while things go wrong.

@@ -1,7 +1,7 @@
 //! A simulated consumer, in queue mode and in stream mode: takes, works, settles in every way there
 //! is, stalls, breaks its connection, comes back with its token, or dies and comes back as another.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 use millpond_broker::shard::io::{Opened, Output};
 use millpond_protocol::control::{
@@ -39,6 +39,8 @@ pub struct Consumer {
     working: Vec<Lease>,
     /// Held ones whose lease was lost: their turn comes, and they are passed over.
     lost: Vec<LeaseName>,
+    /// Leases known to be over on which it goes on working.
+    late: BTreeSet<(u64, u32)>,
     /// Settled, not answered.
     settling: VecDeque<Vec<(Lease, How)>>,
     stalled_until: u64,
@@ -87,6 +89,7 @@ impl Consumer {
             held: VecDeque::new(),
             working: Vec::new(),
             lost: Vec::new(),
+            late: BTreeSet::new(),
             settling: VecDeque::new(),
             stalled_until: 0,
             renewed_at: 0,
@@ -166,6 +169,7 @@ impl Consumer {
         self.held.clear();
         self.working.clear();
         self.lost.clear();
+        self.late.clear();
         self.settling.clear();
         self.stream = Reading::default();
     }
@@ -199,6 +203,7 @@ impl Consumer {
             faults.stall_permille,
         );
         if hands.trouble(breaks) {
+            hands.mishap(|mishaps| &mut mishaps.connection_breaks);
             hands.drop_conn(conn);
             self.broken();
             return true;
@@ -209,12 +214,14 @@ impl Consumer {
                 self.is_closing = true;
                 return true;
             }
+            hands.mishap(|mishaps| &mut mishaps.consumer_crashes);
             hands.drop_conn(conn);
             self.broken();
             self.forget();
             return true;
         }
         if hands.trouble(stalls) {
+            hands.mishap(|mishaps| &mut mishaps.consumer_stalls);
             let lease_us = hands.plan.subs[self.sub].config.lease_ms * 1_000;
             self.stalled_until = hands.now + hands.rng.below(lease_us * 2);
             return true;
@@ -261,6 +268,8 @@ impl Consumer {
         kept.extend(self.settling.drain(..).flatten().map(|(lease, _)| lease));
         let stands = |lease: &Lease| opened.leases.contains(&lease.name());
         kept.retain(|lease| stands(lease) || hands.rng.percent(30));
+        let over = kept.iter().filter(|lease| !stands(lease));
+        self.late = over.map(|lease| (lease.offset, lease.delivery)).collect();
         // What was handed out and never arrived has no body here.
         let is_lost = |name: &&LeaseName| !kept.iter().any(|lease| lease.name() == **name);
         let lost = opened.leases.iter().filter(is_lost).map(|name| {
@@ -297,7 +306,11 @@ impl Consumer {
                 let is_late = hands.rng.percent(50);
                 let gone = |lease: &Lease| leases.contains(&lease.name());
                 // Handlers that do not notice go on, and settle late.
-                if !is_late {
+                if is_late {
+                    let over = self.working.iter().filter(|lease| gone(lease));
+                    let over = over.map(|lease| (lease.offset, lease.delivery));
+                    self.late.extend(over);
+                } else {
                     self.working.retain(|lease| !gone(lease));
                     self.lost.extend(leases);
                 }
@@ -376,6 +389,14 @@ impl Consumer {
         done: Vec<(Lease, How)>,
         hands: &mut Hands<'_>,
     ) {
+        for (lease, how) in &done {
+            if self.late.remove(&(lease.offset, lease.delivery)) {
+                hands.mishap(|mishaps| &mut mishaps.consumer_late_answers);
+            }
+            if matches!(how, How::Nack { .. }) {
+                hands.mishap(|mishaps| &mut mishaps.consumer_nacks);
+            }
+        }
         let id = hands.new_id();
         let (acks, rest): (Vec<_>, Vec<_>) = done.iter().partition(|(_, how)| *how == How::Ack);
         let mut runs: Vec<AckRun> = Vec::new();

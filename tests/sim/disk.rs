@@ -1,15 +1,16 @@
-//! The simulated disk with an eye on it: what failed, and what a power loss could take.
+//! The simulated disk with an eye on it: what failed.
 //!
 //! Owns nothing of the crash model, which is `SimStorage`'s; it only sees every call go by, so that
-//! the world knows whether a process that died had a reason, whether a sync failed before an answer
-//! left (I9), and whether unsynced bytes or names were at risk when the power went.
+//! the world knows whether a process that died had a reason, and whether a sync failed before an
+//! answer left (I9).
 
-use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use millpond_wal::sim::{Failure, SimFile, SimStorage};
-use millpond_wal::storage::{Map, Space, Storage, StorageFile};
+use millpond_wal::sim::{Failure, Fired, SimFile, SimStorage};
+use millpond_wal::storage::{BLOCK_BYTES, Map, Space, Storage, StorageFile, read_exact_at};
+
+use crate::rng::Rng;
 
 /// Clones share the disk.
 #[derive(Clone, Debug)]
@@ -29,9 +30,6 @@ pub struct Watch {
     pub is_unknown: bool,
     /// The power went during a call.
     pub is_off: bool,
-    /// Files with writes that no sync covers.
-    unsynced: BTreeSet<String>,
-    unsynced_names: bool,
 }
 
 #[derive(Debug)]
@@ -58,10 +56,7 @@ impl Disk {
     /// Only the process dies; what it wrote stays in the page cache.
     pub fn kill_process(&self) {
         self.sim.restart_process();
-        let mut watch = self.watch();
-        watch.failed_calls = 0;
-        watch.is_unknown = false;
-        watch.is_off = false;
+        *self.watch() = Watch::default();
     }
 
     pub fn lose_power_after(&self, calls: u64) {
@@ -72,6 +67,47 @@ impl Disk {
         self.sim.plan(failure);
     }
 
+    /// What was planned and has not happened will not happen.
+    pub fn forget_plans(&self) {
+        self.sim.forget_plans();
+    }
+
+    /// Damages a block in the first copy of a sealed segment's directory; the second stays good. False:
+    /// there is no such segment.
+    pub fn rot(&self, rng: &mut Rng) -> io::Result<bool> {
+        let mut names = self.sim.list()?;
+        names.retain(|name| name.starts_with("seg-"));
+        if names.is_empty() {
+            return Ok(false);
+        }
+        let name = rng.pick(&names).clone();
+        let file = self.sim.open_read(&name)?;
+        let block = BLOCK_BYTES as u64;
+        let blocks = file.len()? / block;
+        let is_directory = |nth: u64| -> io::Result<bool> {
+            let mut magic = [0; 4];
+            read_exact_at(&file, nth * block + 4, &mut magic)?;
+            Ok(magic == *b"MPDR")
+        };
+        // Entries, directory, footer, directory, footer.
+        let mut of_copy = 0;
+        while 2 * of_copy + 4 <= blocks && is_directory(blocks - 2 - of_copy)? {
+            of_copy += 1;
+        }
+        let first = blocks.saturating_sub(2 * of_copy + 2);
+        if of_copy == 0 || !is_directory(first)? {
+            return Ok(false);
+        }
+        let at = (first + rng.below(of_copy)) * block + rng.below(block - 16);
+        self.sim.corrupt(&name, at, 16)?;
+        Ok(true)
+    }
+
+    /// All faults so far.
+    pub fn fired(&self) -> Fired {
+        self.sim.fired()
+    }
+
     /// What has been seen so far.
     pub fn seen(&self) -> Watch {
         self.watch().clone()
@@ -79,8 +115,7 @@ impl Disk {
 
     /// Whether a power loss now could take something.
     pub fn is_at_risk(&self) -> bool {
-        let watch = self.watch();
-        watch.unsynced_names || !watch.unsynced.is_empty()
+        self.sim.is_at_risk()
     }
 
     pub fn is_unknown(&self) -> bool {
@@ -114,7 +149,6 @@ impl Disk {
     }
 
     fn names<T>(&self, what: &str, name: &str, result: io::Result<T>) -> io::Result<T> {
-        self.watch().unsynced_names = true;
         saw(&self.watch, what, name, Kind::Change, result)
     }
 }
@@ -140,34 +174,15 @@ impl Storage for Disk {
     }
 
     fn rename(&self, from: &str, to: &str) -> io::Result<()> {
-        let renamed = self.names("rename", from, self.sim.rename(from, to));
-        let mut watch = self.watch();
-        if renamed.is_ok() && watch.unsynced.remove(from) {
-            watch.unsynced.insert(to.to_owned());
-        }
-        renamed
+        self.names("rename", from, self.sim.rename(from, to))
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        let removed = self.names("remove", name, self.sim.remove(name));
-        if removed.is_ok() {
-            self.watch().unsynced.remove(name);
-        }
-        removed
+        self.names("remove", name, self.sim.remove(name))
     }
 
     fn sync_dir(&self) -> io::Result<()> {
-        let synced = saw(
-            &self.watch,
-            "sync",
-            "folder",
-            Kind::Change,
-            self.sim.sync_dir(),
-        );
-        if synced.is_ok() {
-            self.watch().unsynced_names = false;
-        }
-        synced
+        self.names("sync", "folder", self.sim.sync_dir())
     }
 
     fn space(&self) -> io::Result<Space> {
@@ -177,7 +192,6 @@ impl Storage for Disk {
 
 impl File {
     fn change(&self, what: &str, result: io::Result<()>) -> io::Result<()> {
-        lock(&self.watch).unsynced.insert(self.name.clone());
         saw(&self.watch, what, &self.name, Kind::Change, result)
     }
 
@@ -192,17 +206,7 @@ impl StorageFile for File {
     }
 
     fn write_durable_at(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        let written = self.file.write_durable_at(offset, data);
-        if written.is_err() {
-            lock(&self.watch).unsynced.insert(self.name.clone());
-        }
-        saw(
-            &self.watch,
-            "write durably",
-            &self.name,
-            Kind::Change,
-            written,
-        )
+        self.change("write durably", self.file.write_durable_at(offset, data))
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
@@ -214,17 +218,7 @@ impl StorageFile for File {
     }
 
     fn sync_data(&self) -> io::Result<()> {
-        let synced = saw(
-            &self.watch,
-            "sync",
-            &self.name,
-            Kind::Change,
-            self.file.sync_data(),
-        );
-        if synced.is_ok() {
-            lock(&self.watch).unsynced.remove(&self.name);
-        }
-        synced
+        self.change("sync", self.file.sync_data())
     }
 
     fn preallocate(&self, bytes: u64) -> io::Result<()> {

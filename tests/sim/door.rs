@@ -9,7 +9,7 @@ use millpond_protocol::hot::AckKind;
 use millpond_queue::StartPosition;
 
 use crate::history::{Admin, Delivery, Event, Identity, Placed, Sent, Settling, SubNo, TopicNo};
-use crate::observe::{self, SimShard};
+use crate::observe::{Bodies, SimShard};
 use crate::plan::Plan;
 use crate::wire::{Asked, ClientNo, ConnId, Down, Message, Slot, Up};
 use crate::world::World;
@@ -111,7 +111,14 @@ impl World {
                 };
                 (input, Note::Nothing)
             }
-            Up::Credit { session, credit } => (Input::Credit { session, credit }, Note::Nothing),
+            Up::Credit { session, credit } => {
+                let input = Input::Credit {
+                    stream,
+                    session,
+                    credit,
+                };
+                (input, Note::Nothing)
+            }
             Up::Renew(session) => (Input::Renew { session }, Note::Nothing),
             Up::Settle {
                 id: settle,
@@ -244,7 +251,7 @@ impl World {
     /// Lets everything out that the round has produced.
     pub(crate) fn flush(&mut self, shard: &mut SimShard) {
         for _ in self.out.commits.drain(..) {
-            self.stats.commits += 1;
+            self.stats.counts.commits += 1;
         }
         self.out.fresh.clear();
         self.out.revoked.clear();
@@ -329,7 +336,7 @@ impl World {
                         });
                     }
                 }
-                self.stats.accepted += placed.len() as u64;
+                self.stats.counts.accepted += placed.len() as u64;
                 self.note(Event::Accepted {
                     producer,
                     topic,
@@ -341,7 +348,7 @@ impl World {
                     .iter()
                     .map(|(ordinal, ..)| *ordinal as usize)
                     .collect();
-                self.stats.settled += 1;
+                self.stats.counts.settled += 1;
                 self.note(Event::Settled { id, refused });
             }
             (Asked::Commit(id), Output::Settled { refused, .. }) => {
@@ -349,7 +356,7 @@ impl World {
                 self.note(Event::Committed { id, refused });
             }
             (Asked::Publish { .. }, Output::PublishRefused { error, .. }) => {
-                self.stats.refused += 1;
+                self.stats.counts.refused += 1;
                 self.tell(|| format!("refused: {error}"));
             }
             (asked, output) => panic!("{output:?} is no answer to {asked:?}"),
@@ -363,6 +370,7 @@ impl World {
         let at = shard.now().0;
         let (id, _) = ConnId::of(stream);
         let session = self.conns.get(&id).and_then(|conn| conn.session);
+        let mut bodies = Bodies::default();
         let mut messages = Vec::new();
         for offset in (run.offset.0..).take(run.count as usize) {
             let (topic, place) = match &run.elsewhere {
@@ -375,7 +383,7 @@ impl World {
                 offset,
                 delivery: run.delivery.0,
                 attempt: run.attempt,
-                digest: observe::body(&reader, topic, place),
+                digest: bodies.digest(&reader, topic, place),
                 at,
             }));
             messages.push(Message {
@@ -383,9 +391,10 @@ impl World {
                 delivery: run.delivery.0,
             });
         }
-        self.stats.delivered += messages.len() as u64;
+        self.stats.counts.delivered += messages.len() as u64;
         if let Some(session) = session {
             let sent = Input::Sent {
+                stream,
                 session,
                 messages: messages.len() as u64,
                 bytes: 100 * messages.len() as u64,

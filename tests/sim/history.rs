@@ -49,6 +49,10 @@ pub enum Event {
         at: u64,
         topics: Vec<TopicSeen>,
     },
+    /// The store is not served any more although the disk kept every promise.
+    Unserved {
+        why: String,
+    },
     /// The process is gone, and with it every connection.
     Stopped,
     /// A write or a sync of the log has failed in this process.

@@ -53,13 +53,35 @@ fn messages(reader: &LogReader<Disk>, topic: TopicId, from: u64, next: u64) -> V
     all
 }
 
-/// One message's digest, if it can be had.
-pub fn body(reader: &LogReader<Disk>, topic: TopicId, offset: Offset) -> Option<u64> {
-    let row = reader.find(topic.0, offset.0).ok()??;
-    let all = read_row(reader, &row);
-    all.iter()
-        .find(|seen| seen.offset == offset.0)
-        .map(|seen| seen.digest)
+/// Reads bodies one by one; neighbours stand in one record.
+#[derive(Default)]
+pub struct Bodies {
+    topic: TopicId,
+    row: Vec<Seen>,
+}
+
+impl Bodies {
+    /// One message's digest, if it can be had.
+    pub fn digest(
+        &mut self,
+        reader: &LogReader<Disk>,
+        topic: TopicId,
+        offset: Offset,
+    ) -> Option<u64> {
+        let there = |row: &[Seen]| {
+            let at = row.binary_search_by_key(&offset.0, |seen| seen.offset);
+            at.ok().map(|at| row[at].digest)
+        };
+        if self.topic == topic
+            && let Some(digest) = there(&self.row)
+        {
+            return Some(digest);
+        }
+        let row = reader.find(topic.0, offset.0).ok()??;
+        self.topic = topic;
+        self.row = read_row(reader, &row);
+        there(&self.row)
+    }
 }
 
 fn read_row(reader: &LogReader<Disk>, row: &Row) -> Vec<Seen> {
@@ -90,6 +112,14 @@ pub fn floor(queue: &Queue, plan: &Plan, sub: SubNo) -> Option<u64> {
     let id = queue.subscription_id(topic, &plan.subs[sub].name)?;
     let view = queue.subscription_view(id, queue.last_stamp())?;
     Some(view.floor.0)
+}
+
+/// How many messages a subscription has not finished.
+pub fn backlog(queue: &Queue, plan: &Plan, sub: SubNo) -> Option<u64> {
+    let topic = queue.topic_id(&plan.topics[plan.subs[sub].topic].name)?;
+    let id = queue.subscription_id(topic, &plan.subs[sub].name)?;
+    let view = queue.subscription_view(id, queue.last_stamp())?;
+    Some(view.backlog)
 }
 
 /// A subscription at rest, with its letters.

@@ -9,7 +9,6 @@ mod consumed;
 mod published;
 mod tests;
 
-use std::collections::BTreeSet;
 use std::fmt;
 
 use crate::history::{Event, History};
@@ -35,6 +34,8 @@ pub enum Invariant {
     I6,
     /// Acknowledged by a consumer, so finished: floors and offsets go back only by a seek.
     I7,
+    /// Bytes that are nobody's are never served.
+    I8,
     /// No answer after a failed sync.
     I9,
     /// When the faults stop, the backlog drains.
@@ -53,19 +54,10 @@ impl fmt::Display for Violation {
     }
 }
 
-/// What is known to be wrong and not mended yet: counted, so that it hides nothing else.
-#[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Known {
-    /// A message that all subscriptions had finished, and whose segment was cleaned, is shown again
-    /// without its body: to a subscription that seeks back, or is made, below the topic's last offset.
-    LetGo,
-}
-
 /// What is wrong with a history.
 #[derive(Debug, Default)]
-pub struct Verdict {
-    pub violations: Vec<Violation>,
-    pub known: BTreeSet<Known>,
+struct Verdict {
+    violations: Vec<Violation>,
 }
 
 impl Verdict {
@@ -76,10 +68,6 @@ impl Verdict {
         }
     }
 
-    fn known(&mut self, known: Known) {
-        self.known.insert(known);
-    }
-
     fn check(&mut self, holds: bool, invariant: Invariant, what: impl FnOnce() -> String) {
         if !holds {
             self.broken(invariant, what);
@@ -88,7 +76,7 @@ impl Verdict {
 }
 
 /// All that is wrong with a history.
-pub fn judge(history: &History) -> Verdict {
+pub fn judge(history: &History) -> Vec<Violation> {
     let mut verdict = Verdict::default();
     let mut published = Published::new(history);
     let mut consumed = Consumed::new(history);
@@ -98,6 +86,9 @@ pub fn judge(history: &History) -> Verdict {
             Event::SyncFailed => sync_failed = true,
             Event::AnsweredAfterFailure => verdict.check(!sync_failed, Invariant::I9, || {
                 format!("event {at}: an answer left the process after a sync had failed")
+            }),
+            Event::Unserved { why } => verdict.broken(Invariant::I1, || {
+                format!("event {at}: what was acknowledged is not served: {why}")
             }),
             Event::Stopped => {
                 sync_failed = false;
@@ -114,5 +105,5 @@ pub fn judge(history: &History) -> Verdict {
             consumed.end(end, &published, &mut verdict);
         }
     }
-    verdict
+    verdict.violations
 }

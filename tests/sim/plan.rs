@@ -50,6 +50,16 @@ pub struct ProducerPlan {
     pub ttl_percent: u64,
 }
 
+/// Most worlds are small and crash all the time; some are large, so that much is recovered at once.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Size {
+    Small,
+    Large,
+}
+
+/// Of all worlds, in percent.
+const LARGE_PERCENT: u64 = 4;
+
 /// How often what goes wrong, each in thousandths of the occasions it has.
 #[derive(Clone, Debug)]
 pub struct Faults {
@@ -59,7 +69,12 @@ pub struct Faults {
     pub power_percent: u64,
     /// Of starts: interrupted by another crash, in percent.
     pub crash_again_percent: u64,
+    /// Of starts: with a call that fails, in percent.
+    pub start_error_percent: u64,
     pub disk_error_every_us: u64,
+    /// Of crashes: one copy of a directory is damaged, in percent.
+    pub rot_percent: u64,
+    pub clock_jump_every_us: u64,
     pub break_permille: u64,
     pub client_crash_permille: u64,
     pub stall_permille: u64,
@@ -80,29 +95,47 @@ pub struct Pace {
 
 impl Plan {
     pub fn draw(rng: &mut Rng) -> Self {
-        let topics: Vec<_> = (0..rng.between(1, 2)).map(|n| topic(rng, n)).collect();
+        let size = match rng.percent(LARGE_PERCENT) {
+            true => Size::Large,
+            false => Size::Small,
+        };
+        let (topics, subs_each) = match size {
+            Size::Small => (*rng.pick(&[1, 1, 1, 2]), 1),
+            Size::Large => (rng.between(1, 2), 2),
+        };
+        let topics: Vec<_> = (0..topics).map(|n| topic(rng, n)).collect();
         let mut subs = Vec::new();
         for no in 0..topics.len() {
-            for n in 0..rng.between(1, 2) {
+            for n in 0..rng.between(1, subs_each) {
                 subs.push(subscription(rng, no, n));
             }
         }
-        let producers = (0..rng.between(1, 3))
-            .map(|n| producer(rng, topics.len() as u64, n))
-            .collect();
+        if size == Size::Small && rng.percent(25) {
+            subs.push(subscription(rng, 0, 1));
+        }
+        let producers = match size {
+            Size::Small => rng.between(1, 2),
+            Size::Large => rng.between(1, 3),
+        };
+        let producers = (0..producers).map(|n| producer(rng, size, topics.len() as u64, n));
+        let producers = producers.collect();
         let mut consumers = Vec::new();
         for sub in 0..subs.len() {
             let count = rng.between(1, 2);
             consumers.extend((0..count).map(|_| sub));
         }
+        let chaos_us = match size {
+            Size::Small => rng.between(1_000_000, 4_000_000),
+            Size::Large => rng.between(4_000_000, 20_000_000),
+        };
         Self {
             topics,
             subs,
             producers,
             consumers,
-            chaos_us: rng.between(2, 20) * 1_000_000,
-            faults: faults(rng),
-            pace: pace(rng),
+            chaos_us,
+            faults: faults(rng, size, chaos_us),
+            pace: pace(rng, size),
             log: log(rng),
         }
     }
@@ -191,25 +224,35 @@ fn subscription(rng: &mut Rng, topic: TopicNo, n: u64) -> SubPlan {
     }
 }
 
-fn producer(rng: &mut Rng, topics: u64, n: u64) -> ProducerPlan {
+fn producer(rng: &mut Rng, size: Size, topics: u64, n: u64) -> ProducerPlan {
     ProducerPlan {
         topic: rng.below(topics) as usize,
         name: rng.percent(70).then(|| format!("p{n}")),
-        messages: rng.between(5, 120),
+        messages: match size {
+            Size::Small => rng.between(5, 60),
+            Size::Large => rng.between(20, 150),
+        },
         window: rng.between(1, 40) as usize,
         skip_percent: *rng.pick(&[0, 0, 20]),
-        body_bytes: *rng.pick(&[40, 40, 200, 2_000, 9_000]),
+        body_bytes: *rng.pick(&[40, 300, 1_000, 3_000]),
         delay_percent: *rng.pick(&[0, 0, 10]),
         ttl_percent: *rng.pick(&[0, 0, 5]),
     }
 }
 
-fn faults(rng: &mut Rng) -> Faults {
+fn faults(rng: &mut Rng, size: Size, chaos_us: u64) -> Faults {
+    let crash_every_us = match size {
+        Size::Small => chaos_us / rng.between(24, 36),
+        Size::Large => rng.between(500_000, 4_000_000),
+    };
     Faults {
-        crash_every_us: rng.between(500_000, 4_000_000),
-        power_percent: *rng.pick(&[20, 50, 80, 100]),
-        crash_again_percent: *rng.pick(&[0, 30, 60]),
-        disk_error_every_us: *rng.pick(&[2_000_000, 8_000_000, 1_000_000_000]),
+        crash_every_us,
+        power_percent: *rng.pick(&[50, 80, 95, 100]),
+        crash_again_percent: *rng.pick(&[0, 20, 50]),
+        start_error_percent: *rng.pick(&[0, 0, 5, 15]),
+        disk_error_every_us: crash_every_us * *rng.pick(&[2, 8, 1_000]),
+        rot_percent: *rng.pick(&[0, 0, 20]),
+        clock_jump_every_us: crash_every_us * *rng.pick(&[1, 4, 1_000]),
         break_permille: *rng.pick(&[0, 5, 30]),
         client_crash_permille: *rng.pick(&[0, 2, 10]),
         stall_permille: *rng.pick(&[0, 3, 20]),
@@ -218,12 +261,16 @@ fn faults(rng: &mut Rng) -> Faults {
     }
 }
 
-fn pace(rng: &mut Rng) -> Pace {
+fn pace(rng: &mut Rng, size: Size) -> Pace {
+    let produce_us = match size {
+        Size::Small => *rng.pick(&[3_000, 10_000, 30_000]),
+        Size::Large => *rng.pick(&[1_000, 10_000, 50_000]),
+    };
     Pace {
         network_us: *rng.pick(&[20, 200, 2_000]),
         round_us: *rng.pick(&[50, 300, 2_000]),
-        produce_us: *rng.pick(&[1_000, 10_000, 50_000]),
-        consume_us: *rng.pick(&[1_000, 10_000, 30_000]),
+        produce_us,
+        consume_us: *rng.pick(&[3_000, 10_000, 30_000]),
         job_us: *rng.pick(&[100, 10_000, 500_000]),
     }
 }

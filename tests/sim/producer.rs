@@ -207,10 +207,12 @@ impl Producer {
         let faults = &hands.plan.faults;
         let (breaks, dies) = (faults.break_permille, faults.client_crash_permille);
         if hands.trouble(dies) {
+            hands.mishap(|mishaps| &mut mishaps.producer_crashes);
             self.die(conn, hands);
             return;
         }
         if hands.trouble(breaks) {
+            hands.mishap(|mishaps| &mut mishaps.connection_breaks);
             hands.drop_conn(conn);
             self.broken();
             return;

@@ -8,13 +8,14 @@
 
 mod crash;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};
 
 use millpond_broker::clock::ManualClock;
 use millpond_broker::shard::io::{Input, StreamId};
 use millpond_broker::shard::{Done, Job, Outbox};
+use millpond_wal::sim::Failure;
 
 use self::crash::Death;
 use crate::admin::Admin;
@@ -32,9 +33,14 @@ use crate::wire::{ClientNo, Conn, ConnId, Conns, Down, Slot, Up};
 
 /// Wall time when a world begins: 2026-01-01.
 const WALL_US: u64 = 1_767_225_600_000_000;
-/// Time in which everything comes to rest once the faults have stopped, in microseconds: the longest
-/// delay and backoff, the grace of a session, and a multiple of what the work takes.
-const REST_US: u64 = 180_000_000;
+/// I11: once the faults have stopped, everything comes to rest within what has to be waited for (the
+/// grace of a session, the longest lease, the longest delay or backoff, clients that come back) and
+/// the time that each message takes. In microseconds.
+const GRACE_US: u64 = 10_000_000;
+const LONGEST_LEASE_US: u64 = 8_000_000;
+const LONGEST_WAIT_US: u64 = 8_000_000;
+const COMING_BACK_US: u64 = 10_000_000;
+const MESSAGE_US: u64 = 100_000;
 /// Most events of one world; more means that it turns in circles.
 const EVENTS_MAX: u64 = 400_000;
 
@@ -43,6 +49,16 @@ const EVENTS_MAX: u64 = 400_000;
 pub struct Options {
     /// Gets a line for everything that happens, and survives a panic.
     pub trace: Option<Trace>,
+    pub cut: Cut,
+}
+
+/// What is left out of a world, so that a failure shows in a smaller one.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Cut {
+    /// Things go wrong for so long at most, in microseconds.
+    pub chaos_us: Option<u64>,
+    /// Clients that do nothing.
+    pub silent: BTreeSet<ClientNo>,
 }
 
 pub type Trace = Arc<Mutex<String>>;
@@ -74,7 +90,16 @@ pub struct World {
     next_conn: u64,
     next_id: u64,
     clients: Vec<Option<Client>>,
+    silent: BTreeSet<ClientNo>,
     is_calm: bool,
+    /// Nothing can go on.
+    is_over: bool,
+    /// A power loss since the broker last served could take something.
+    was_at_risk: bool,
+    /// What a call of the next job shall suffer.
+    job_failure: Option<Failure>,
+    /// Rounds after which it was last seen whether all is at rest.
+    looked_after: u64,
     pub(crate) history: History,
     pub(crate) stats: Stats,
     /// Up to where each topic has been seen.
@@ -108,10 +133,11 @@ enum Happening {
     JobRuns(u64, Job<Disk>),
     /// With whether a sync failed in it.
     JobDone(u64, bool, Done<Disk>),
-    Crash(u64),
+    Crash,
     DiskError,
+    ClockJump,
     Start {
-        deep: u64,
+        deep: usize,
     },
     Calm,
 }
@@ -119,7 +145,9 @@ enum Happening {
 impl World {
     pub fn new(seed: u64, options: Options) -> Self {
         let mut rng = Rng::new(seed);
-        let plan = Plan::draw(&mut rng);
+        let mut plan = Plan::draw(&mut rng);
+        let cut = options.cut;
+        plan.chaos_us = plan.chaos_us.min(cut.chaos_us.unwrap_or(u64::MAX));
         let history = plan.history();
         let mut clients = vec![Client::Admin(Box::new(Admin::new(&plan)))];
         for (number, producer) in (0..).zip(&plan.producers) {
@@ -149,7 +177,12 @@ impl World {
             next_conn: 0,
             next_id: 0,
             clients: clients.into_iter().map(Some).collect(),
+            silent: cut.silent,
             is_calm: false,
+            is_over: false,
+            was_at_risk: false,
+            job_failure: None,
+            looked_after: 0,
             history,
             stats: Stats::default(),
             seen_until: vec![0; plan.topics.len()],
@@ -161,23 +194,38 @@ impl World {
         }
     }
 
+    /// How many clients the world of a seed has.
+    pub fn clients_of(seed: u64) -> usize {
+        let plan = Plan::draw(&mut Rng::new(seed));
+        1 + plan.producers.len() + plan.consumers.len()
+    }
+
+    /// How long things go wrong in the world of a seed.
+    pub fn chaos_us_of(seed: u64) -> u64 {
+        Plan::draw(&mut Rng::new(seed)).chaos_us
+    }
+
     /// Lets everything happen.
     pub fn run(mut self) -> Outcome {
         self.start(0);
         for client in 0..self.clients.len() {
             let wait = self.rng.below(10_000);
-            self.after(wait, Happening::Tick(client));
+            if !self.silent.contains(&client) {
+                self.after(wait, Happening::Tick(client));
+            }
         }
         self.after(self.plan.chaos_us, Happening::Calm);
         self.plan_crash();
         self.plan_disk_error();
+        self.plan_clock_jump();
         let mut rest_until = u64::MAX;
         let mut steps = 0;
         loop {
             if self.is_calm && rest_until == u64::MAX {
-                rest_until = self.now + REST_US;
+                rest_until = self.now + self.rest_us();
             }
-            if self.is_calm && (self.is_at_rest() || self.now > rest_until) {
+            let is_over = self.is_over || self.now > rest_until;
+            if is_over || (self.is_calm && self.has_come_to_rest()) {
                 break;
             }
             steps += 1;
@@ -186,7 +234,8 @@ impl World {
             }
             self.step();
         }
-        self.stats.events += steps;
+        self.stats.counts.events += steps;
+        self.stats.faults.disk += self.disk.fired();
         self.end();
         Outcome {
             history: self.history,
@@ -290,18 +339,22 @@ impl World {
                 self.wake();
             }
             Happening::JobRuns(..) | Happening::JobDone(..) => {}
-            Happening::Crash(process) => {
+            Happening::Crash => {
                 if !self.is_calm {
                     self.plan_crash();
-                    if process == self.process {
-                        self.crash_soon();
-                    }
+                    self.crash_soon();
                 }
             }
             Happening::DiskError => {
                 if !self.is_calm {
                     self.plan_disk_error();
                     self.fail_a_call();
+                }
+            }
+            Happening::ClockJump => {
+                if !self.is_calm {
+                    self.plan_clock_jump();
+                    self.jump_clock();
                 }
             }
             Happening::Start { deep } => self.start(deep),
@@ -318,6 +371,7 @@ impl World {
             rng: &mut self.rng,
             plan: &self.plan,
             history: &mut self.history,
+            stats: &mut self.stats,
             is_up: self.shard.is_some(),
             is_calm: self.is_calm,
             now: self.now,
@@ -388,7 +442,7 @@ impl World {
                 let at = self.now + wait;
                 self.next_round = Some(self.next_round.map_or(at, |next| next.min(at)));
                 self.shard = Some(shard);
-                self.stats.rounds += 1;
+                self.stats.counts.rounds += 1;
             }
             Err(death) => {
                 drop(shard);
@@ -455,7 +509,14 @@ impl World {
     /// The shard's thread learns of a failure in a job when it takes the result in.
     fn run_job(&mut self, job: Job<Disk>) {
         let before = self.disk.take_unknown();
+        let failure = self.job_failure.take();
+        failure
+            .into_iter()
+            .for_each(|failure| self.disk.fail(failure));
         let done = job.run();
+        if failure.is_some() {
+            self.disk.forget_plans();
+        }
         let failed = self.disk.take_unknown();
         if before {
             self.disk.set_unknown();
@@ -478,20 +539,35 @@ impl World {
         }
     }
 
+    /// How long it may take until all is done.
+    fn rest_us(&self) -> u64 {
+        let waits = GRACE_US + LONGEST_LEASE_US + LONGEST_WAIT_US + COMING_BACK_US;
+        let messages: u64 = self.plan.producers.iter().map(|plan| plan.messages).sum();
+        waits + messages * self.plan.subs.len() as u64 * MESSAGE_US
+    }
+
+    /// Looks again only after a round: nothing else moves the queue.
+    fn has_come_to_rest(&mut self) -> bool {
+        let rounds = self.stats.counts.rounds;
+        if std::mem::replace(&mut self.looked_after, rounds) == rounds {
+            return false;
+        }
+        self.is_at_rest()
+    }
+
     fn is_at_rest(&self) -> bool {
         let Some(shard) = &self.shard else {
             return false;
         };
         let clients = self.clients.iter().flatten();
-        let done = clients.into_iter().all(|client| match client {
+        let done = clients.enumerate().all(|(no, client)| match client {
+            _ if self.silent.contains(&no) => true,
             Client::Producer(producer) => producer.is_done(),
             Client::Admin(admin) => admin.is_done(),
             Client::Consumer(_) => true,
         });
-        done && (0..self.plan.subs.len()).all(|sub| {
-            let end = observe::subscription(shard.queue(), &self.plan, sub);
-            end.is_some_and(|end| end.backlog == 0)
-        })
+        done && (0..self.plan.subs.len())
+            .all(|sub| observe::backlog(shard.queue(), &self.plan, sub) == Some(0))
     }
 
     fn end(&mut self) {
@@ -499,6 +575,7 @@ impl World {
         if !self.is_at_rest() {
             end.stuck = self.stuck();
         }
+        self.disk.forget_plans();
         if let Some(shard) = self.shard.take() {
             for no in 0..self.plan.topics.len() {
                 end.topics.extend(observe::topic(&shard, &self.plan, no, 0));
@@ -522,8 +599,9 @@ impl World {
                 }
             }
         }
-        for client in self.clients.iter().flatten() {
+        for (no, client) in self.clients.iter().flatten().enumerate() {
             match client {
+                _ if self.silent.contains(&no) => {}
                 Client::Producer(producer) if !producer.is_done() => all.push(producer.describe()),
                 Client::Consumer(consumer) => all.push(consumer.describe()),
                 Client::Admin(admin) if !admin.is_done() => all.push(format!("{admin:?}")),

@@ -1,15 +1,14 @@
 //! I5 to I7: what consumers were given, what they said, and where every message ended.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use millpond_protocol::control::DeadReason;
 
 use super::Invariant::{I1, I4, I5, I6, I7};
+use super::Verdict;
 use super::published::Published;
-use super::{Known, Verdict};
 use crate::history::{
     Admin, Delivery, End, Event, History, How, LetterSeen, Settling, SubEnd, SubNo, SubRules,
-    TopicNo,
 };
 
 #[derive(Debug)]
@@ -25,9 +24,11 @@ pub struct Consumed {
 #[derive(Debug)]
 struct Sub {
     rules: SubRules,
-    /// Messages of its topic go when others have finished them, and it may come or look back later.
-    may_be_let_go: bool,
     keeps_all: bool,
+    /// What all others may have finished when it began, or went back: that may have been let go.
+    let_go: BTreeSet<u64>,
+    /// Another had been moved by then: nobody knows what it had finished.
+    is_unsure: bool,
     messages: BTreeMap<u64, Message>,
     /// The last seek, redrive or purge that may have changed what is known.
     upset: Option<usize>,
@@ -51,6 +52,8 @@ struct Message {
     nacked: u64,
     was_rejected: bool,
     ack: Ack,
+    /// Endings other than acks that were asked for, by session and delivery.
+    ended: BTreeSet<(u64, u32)>,
 }
 
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq)]
@@ -102,6 +105,8 @@ struct Settle {
     sub: SubNo,
     session: u64,
     items: Vec<Settling>,
+    /// The ordinals of those that were not said before.
+    fresh: Vec<usize>,
     event: usize,
 }
 
@@ -109,8 +114,9 @@ impl Consumed {
     pub fn new(history: &History) -> Self {
         let subs = history.subs.iter().map(|rules| Sub {
             rules: rules.clone(),
-            may_be_let_go: !history.topics[rules.topic].keeps_all && shared(history, rules.topic),
             keeps_all: history.topics[rules.topic].keeps_all,
+            let_go: BTreeSet::new(),
+            is_unsure: false,
             messages: BTreeMap::new(),
             upset: None,
             was_sought: false,
@@ -173,20 +179,26 @@ impl Consumed {
                 items,
                 at,
             } => {
-                for item in items {
-                    self.subs[*sub].said(*id, *session, *item, *at);
+                let mut fresh = Vec::new();
+                for (ordinal, item) in items.iter().enumerate() {
+                    if self.subs[*sub].said(*id, *session, *item, *at) {
+                        fresh.push(ordinal);
+                    }
                 }
                 let settle = Settle {
                     sub: *sub,
                     session: *session,
                     items: items.clone(),
+                    fresh,
                     event: now,
                 };
                 self.settling.insert(*id, settle);
             }
             Event::Settled { id, refused } => {
                 if let Some(settle) = self.settling.remove(id) {
-                    self.subs[settle.sub].settled(*id, &settle, refused);
+                    let sub = &mut self.subs[settle.sub];
+                    sub.stale(now, self.process, &settle, refused, verdict);
+                    sub.settled(*id, &settle, refused);
                 }
             }
             Event::Active { sub, session, from } => {
@@ -206,7 +218,12 @@ impl Consumed {
                     sub.floor = sub.floor.max(next);
                 }
             }
-            Event::Floor { sub, floor } => self.subs[*sub].floor(now, *sub, *floor, verdict),
+            Event::Floor { sub, floor } => {
+                if self.subs[*sub].start.is_none() {
+                    self.note_let_go(*sub);
+                }
+                self.subs[*sub].floor(now, *sub, *floor, verdict);
+            }
             Event::Admin(admin) => self.upset(now, *admin),
             _ => {}
         }
@@ -229,13 +246,9 @@ impl Consumed {
     fn delivered(&mut self, now: usize, delivery: Delivery, verdict: &mut Verdict) {
         let process = self.process;
         let sub = &mut self.subs[delivery.sub];
-        if delivery.digest.is_none() && sub.may_be_let_go {
-            verdict.known(Known::LetGo);
-        } else {
-            verdict.check(delivery.digest.is_some(), I1, || {
-                format!("event {now}: delivered without a body: {delivery:?}")
-            });
-        }
+        verdict.check(delivery.digest.is_some(), I1, || {
+            format!("event {now}: delivered without a body: {delivery:?}")
+        });
         if sub.rules.is_stream {
             sub.read(now, delivery, verdict);
         } else {
@@ -255,6 +268,26 @@ impl Consumed {
                 sub.upset(now, admin);
             }
         }
+        if let Admin::Seek { sub } = admin {
+            self.note_let_go(sub);
+        }
+    }
+
+    /// A subscription begins or goes back: it passes over what was let go, and only that.
+    fn note_let_go(&mut self, no: SubNo) {
+        let this = &self.subs[no];
+        let others = self.subs.iter().enumerate().filter(|(other, sub)| {
+            *other != no && sub.rules.topic == this.rules.topic && sub.start.is_some()
+        });
+        let is_unsure = others.clone().any(|(_, sub)| sub.was_sought);
+        let mut others = others.map(|(_, sub)| sub.may_have_finished());
+        let Some(first) = others.next().filter(|_| !this.keeps_all) else {
+            return;
+        };
+        let all = others.fold(first, |all, more| &all & &more);
+        let this = &mut self.subs[no];
+        this.is_unsure |= is_unsure;
+        this.let_go.extend(all);
     }
 }
 
@@ -263,7 +296,6 @@ impl Sub {
         match admin {
             Admin::Seek { .. } => {
                 self.was_sought = true;
-                self.may_be_let_go = !self.keeps_all;
                 self.floor = 0;
                 self.reading = None;
             }
@@ -285,13 +317,23 @@ impl Sub {
         }
     }
 
+    fn may_have_finished(&self) -> BTreeSet<u64> {
+        if self.rules.is_stream {
+            return (0..self.asked).collect();
+        }
+        let acked = self.messages.iter().filter(|(_, m)| m.ack != Ack::None);
+        acked.map(|(offset, _)| *offset).collect()
+    }
+
     fn read(&mut self, now: usize, delivery: Delivery, verdict: &mut Verdict) {
         let Some((session, next)) = self.reading else {
             return;
         };
         // A seek that is under way moves the reading without a notice to wait for.
         if session == delivery.session {
-            let passes_over = delivery.offset > next && delivery.offset <= self.asked;
+            let may_lack =
+                |offset| offset < self.asked || self.is_unsure || self.let_go.contains(&offset);
+            let passes_over = delivery.offset > next && (next..delivery.offset).all(may_lack);
             verdict.check(delivery.offset == next || passes_over, I4, || {
                 format!("event {now}: the stream goes on at {next}, not with {delivery:?}")
             });
@@ -397,10 +439,13 @@ impl Sub {
         });
     }
 
-    fn said(&mut self, settle: u64, session: u64, item: Settling, at: u64) {
+    /// True: nobody has ended this lease before otherwise than by an ack.
+    fn said(&mut self, settle: u64, session: u64, item: Settling, at: u64) -> bool {
         let Some(message) = self.messages.get_mut(&item.offset) else {
-            return;
+            return false;
         };
+        let is_ending = !matches!(item.how, How::Ack | How::Extend);
+        let is_fresh = is_ending && message.ended.insert((session, item.delivery));
         match item.how {
             How::Ack if message.ack == Ack::None => message.ack = Ack::Maybe,
             How::Reject => message.was_rejected = true,
@@ -411,7 +456,7 @@ impl Sub {
             (last.delivery.session, last.delivery.delivery) == (session, item.delivery)
         });
         let Some(last) = last else {
-            return;
+            return is_fresh;
         };
         // Who is still working has begun.
         if item.how == How::Extend {
@@ -422,6 +467,44 @@ impl Sub {
                 how: item.how,
                 at,
                 is_answered: false,
+            });
+        }
+        is_fresh
+    }
+
+    /// Only an ack may come from somebody else than the holder, and only while there is none.
+    fn stale(
+        &self,
+        now: usize,
+        process: u64,
+        settle: &Settle,
+        refused: &[usize],
+        verdict: &mut Verdict,
+    ) {
+        if self.upset.is_some() {
+            return;
+        }
+        for (ordinal, item) in settle.items.iter().enumerate() {
+            let lease = (settle.session, item.delivery);
+            let is_ending = !matches!(item.how, How::Ack | How::Extend);
+            let Some(message) = self.messages.get(&item.offset) else {
+                continue;
+            };
+            let Some(last) = &message.last else {
+                continue;
+            };
+            let is_over = (last.delivery.session, last.delivery.delivery) != lease
+                && last.process == process
+                && last.event < settle.event
+                && !last.lost;
+            // To repeat what was said before is fine.
+            let is_new = settle.fresh.contains(&ordinal);
+            let is_good = refused.binary_search(&ordinal).is_err();
+            verdict.check(!(is_ending && is_over && is_new && is_good), I6, || {
+                format!(
+                    "event {now}: {item:?} of session {} counts against {last:?}",
+                    lease.0
+                )
             });
         }
     }
@@ -517,7 +600,8 @@ impl Sub {
     /// Every message ended as acknowledged or dead.
     fn account(&self, seen: &SubEnd, published: &Published, verdict: &mut Verdict) {
         let topic = self.rules.topic;
-        if published.is_purged(topic) || self.letters_were_purged || self.was_sought {
+        let is_unknown = self.letters_were_purged || self.was_sought || self.is_unsure;
+        if published.is_purged(topic) || is_unknown {
             return;
         }
         let mut dead: Vec<_> = seen.letters.iter().map(|letter| letter.offset).collect();
@@ -529,7 +613,8 @@ impl Sub {
                 .get(&offset)
                 .map_or(Ack::None, |message| message.ack);
             let is_dead = dead.binary_search(&offset).is_ok();
-            verdict.check(ack != Ack::None || is_dead, I6, || {
+            let is_gone = self.let_go.contains(&offset);
+            verdict.check(ack != Ack::None || is_dead || is_gone, I6, || {
                 format!(
                     "subscription {}: offset {offset} is finished, but nobody acknowledged it and it \
                      is not dead",
@@ -554,9 +639,4 @@ impl Sub {
             }
         }
     }
-}
-
-/// Whether a topic has several subscriptions.
-fn shared(history: &History, topic: TopicNo) -> bool {
-    history.subs.iter().filter(|sub| sub.topic == topic).count() > 1
 }

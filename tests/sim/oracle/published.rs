@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::Invariant::{I1, I2, I3, I4};
+use super::Invariant::{I1, I2, I3, I4, I8};
 use super::Verdict;
 use crate::history::{Admin, Event, History, Placed, Sent, TopicNo, TopicRules, TopicSeen};
 
@@ -103,7 +103,7 @@ impl Published {
                     let known = self.messages.get(&digest).map(|message| message.topic);
                     match known {
                         Some(topic) => self.found(now, topic, delivery.offset, digest, verdict),
-                        None => verdict.broken(I1, || {
+                        None => verdict.broken(I8, || {
                             format!("event {now}: bytes that nobody sent: {delivery:?}")
                         }),
                     }
@@ -119,6 +119,7 @@ impl Published {
             Event::End(end) => {
                 for seen in &end.topics {
                     self.looked(now, seen, verdict);
+                    self.unseen(seen.topic, verdict);
                 }
             }
             _ => {}
@@ -290,6 +291,20 @@ impl Published {
                     "event {now}: offsets {expected} to before {} of topic {no} cannot be read",
                     seen.next
                 )
+            });
+        }
+    }
+
+    /// What was acknowledged, if only as a duplicate, stands somewhere.
+    fn unseen(&self, topic: TopicNo, verdict: &mut Verdict) {
+        if !self.rules[topic].keeps_all || self.topics[topic].is_purged {
+            return;
+        }
+        let of_topic = self.messages.values().filter(|m| m.topic == topic);
+        for message in of_topic.filter(|m| m.is_acknowledged && m.offset.is_none()) {
+            verdict.broken(I1, || {
+                let sent = message.sent;
+                format!("{sent:?} was acknowledged and stands nowhere in topic {topic}")
             });
         }
     }

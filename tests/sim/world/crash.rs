@@ -3,15 +3,17 @@
 
 use std::fmt;
 
-use millpond_broker::shard::{Fatal, Outbox, Shard};
+use millpond_broker::clock::Clock;
+use millpond_broker::shard::{Fatal, Outbox, Recovered, Shard};
 use millpond_wal::sim::{Call, Failure, Fault};
 
-use super::{Happening, WALL_US, World};
+use super::{Happening, World};
 use crate::history::Event;
 use crate::observe::{self, SimShard};
+use crate::stats::CRASHES_DEEP;
 
-/// Most crashes in a row while starting.
-const CRASHES_DEEP: u64 = 3;
+/// Furthest jump of the clock on the wall: an hour.
+const JUMP_US: u64 = 3_600_000_000;
 
 /// Why a round did not come to its end.
 #[derive(Debug)]
@@ -39,13 +41,36 @@ impl World {
     pub(super) fn plan_crash(&mut self) {
         let every = self.plan.faults.crash_every_us;
         let wait = self.rng.between(every / 4, every * 7 / 4);
-        self.after(wait, Happening::Crash(self.process));
+        self.after(wait, Happening::Crash);
     }
 
     pub(super) fn plan_disk_error(&mut self) {
         let every = self.plan.faults.disk_error_every_us;
         let wait = self.rng.between(every / 2, every * 3 / 2);
         self.after(wait, Happening::DiskError);
+    }
+
+    pub(super) fn plan_clock_jump(&mut self) {
+        let every = self.plan.faults.clock_jump_every_us;
+        let wait = self.rng.between(every / 2, every * 3 / 2);
+        self.after(wait, Happening::ClockJump);
+    }
+
+    /// The clock on the wall goes forward or back.
+    pub(super) fn jump_clock(&mut self) {
+        let is_up = self.shard.is_some();
+        let by = 1 + self.rng.below(JUMP_US);
+        let wall = self.clock.wall_us();
+        let wall = if self.rng.percent(50) {
+            self.stats
+                .mishap(is_up, |mishaps| &mut mishaps.clock_forward);
+            wall + by
+        } else {
+            self.stats.mishap(is_up, |mishaps| &mut mishaps.clock_back);
+            wall.saturating_sub(by)
+        };
+        self.tell(|| format!("the wall clock says {wall}"));
+        self.clock.set_wall_us(wall);
     }
 
     /// At once between two rounds, or in the middle of one of the next calls to the disk.
@@ -76,18 +101,53 @@ impl World {
             Call::SyncDir,
             Call::Create,
             Call::Rename,
+            Call::Remove,
             Call::Preallocate,
+            Call::SetLen,
+            Call::OpenRead,
+            Call::Read,
         ]);
+        let failure = self.failure(call, 4);
+        // A session that cannot read a body says so to its consumer, which is not what is tried here.
+        if matches!(call, Call::OpenRead | Call::Read) {
+            self.job_failure = Some(failure);
+        } else {
+            self.disk.fail(failure);
+        }
+    }
+
+    fn failure(&mut self, call: Call, skip: u64) -> Failure {
         let fault = *self
             .rng
             .pick(&[Fault::Io, Fault::Io, Fault::NoSpace, Fault::Short]);
-        let skip = self.rng.below(4);
+        let skip = self.rng.below(skip);
         self.tell(|| format!("plan {fault:?} at {call:?} after {skip}"));
-        self.disk.fail(Failure {
+        Failure {
             call: Some(call),
             skip,
             fault,
-        });
+        }
+    }
+
+    /// A call of recovery fails.
+    fn fail_a_call_of_starting(&mut self) {
+        let (call, skip) = *self.rng.pick(&[
+            (Call::List, 1),
+            (Call::Open, 6),
+            (Call::OpenRead, 6),
+            (Call::Read, 30),
+            (Call::ReadUncached, 6),
+            (Call::Create, 3),
+            (Call::Write, 3),
+            (Call::WriteDurable, 4),
+            (Call::WriteDurable, 4),
+            (Call::Sync, 4),
+            (Call::SyncDir, 4),
+            (Call::Rename, 2),
+            (Call::Preallocate, 2),
+        ]);
+        let failure = self.failure(call, skip);
+        self.disk.fail(failure);
     }
 
     /// Some failures are none of the log's business, but without power nothing goes on.
@@ -124,6 +184,7 @@ impl World {
             let wait = self.rng.wait(self.plan.pace.network_us * 4);
             self.after(wait, Happening::ClientNotices(id));
         }
+        self.job_failure = None;
         self.fall();
         let wait = self.rng.wait(20_000);
         self.after(wait, Happening::Start { deep: 0 });
@@ -131,11 +192,9 @@ impl World {
 
     /// What a crash does to the disk and the clocks.
     pub(super) fn fall(&mut self) {
-        let at_risk = self.disk.is_at_risk();
         if self.rng.percent(self.plan.faults.power_percent) {
             self.tell(|| "the power goes".to_owned());
-            self.stats.power_losses += 1;
-            self.stats.at_risk += u64::from(at_risk);
+            self.was_at_risk |= self.disk.is_at_risk();
             self.disk.lose_power();
             self.clock.reboot();
             if self.rng.percent(50) {
@@ -143,58 +202,87 @@ impl World {
             }
         } else {
             self.tell(|| "the process dies".to_owned());
-            self.stats.process_deaths += 1;
+            self.stats.faults.others.process_deaths += 1;
             self.disk.kill_process();
         }
         if self.rng.percent(self.plan.faults.wall_jump_percent) {
-            let hour = 3_600_000_000;
-            let wall = WALL_US + self.now - hour.min(self.now) + self.rng.below(2 * hour);
-            self.stats.wall_jumps += 1;
-            self.clock.set_wall_us(wall);
+            self.jump_clock();
+        }
+        if self.rng.percent(self.plan.faults.rot_percent) {
+            let has_rotted = self.disk.rot(&mut self.rng);
+            if has_rotted.expect("nothing is planned right after a crash") {
+                self.tell(|| "a directory rots".to_owned());
+                self.stats
+                    .mishap(false, |mishaps| &mut mishaps.directories_rotted);
+            }
         }
     }
 
-    pub(super) fn start(&mut self, deep: u64) {
-        if !self.is_calm
-            && deep < CRASHES_DEEP
-            && self.rng.percent(self.plan.faults.crash_again_percent)
-        {
-            let calls = self.rng.below(25);
-            self.tell(|| format!("crash in {calls} calls of starting"));
-            self.disk.lose_power_after(calls);
+    pub(super) fn start(&mut self, deep: usize) {
+        if !self.is_calm {
+            if deep < CRASHES_DEEP && self.rng.percent(self.plan.faults.crash_again_percent) {
+                let calls = self.rng.below(25);
+                self.tell(|| format!("crash in {calls} calls of starting"));
+                self.disk.lose_power_after(calls);
+            }
+            if self.rng.percent(self.plan.faults.start_error_percent) {
+                self.fail_a_call_of_starting();
+            }
         }
+        let before = self.disk.fired();
         let opened = Shard::open(
             self.disk.clone(),
             self.clock.clone(),
             self.anchor.as_deref(),
             self.plan.log.clone(),
         );
+        let during = self.disk.fired().since(before);
+        self.stats.while_recovering.disk += during;
         match opened {
-            Ok((mut shard, recovered)) => {
-                assert!(
-                    !recovered.damaged && !shard.gates().read_only,
-                    "damage although no byte was damaged: {:?}",
-                    recovered.report
-                );
-                self.anchor = Some(shard.anchor().to_vec());
-                self.stats.recovered(&recovered, deep);
-                self.tell(|| format!("started: {recovered:?}"));
-                self.started(&mut shard);
-                self.shard = Some(shard);
-                self.wake();
-            }
+            Ok((shard, recovered)) => self.opened(shard, &recovered),
             Err(error) => {
-                let seen = self.disk.seen();
-                self.tell(|| format!("not started: {error:?}; {}", seen.last_failure));
-                assert!(
-                    seen.failed_calls > 0,
-                    "the shard does not open although the disk did nothing wrong: {error:?}"
-                );
-                self.fall();
-                let wait = self.rng.wait(20_000);
-                self.after(wait, Happening::Start { deep: deep + 1 });
+                let why = format!("it does not open: {error:?}");
+                self.not_started(why, deep);
             }
         }
+    }
+
+    fn opened(&mut self, mut shard: SimShard, recovered: &Recovered) {
+        self.disk.forget_plans();
+        if recovered.damaged || shard.gates().read_only {
+            let why = format!("damage is reported: {:?}", recovered.report);
+            return self.not_started(why, CRASHES_DEEP);
+        }
+        self.anchor = Some(shard.anchor().to_vec());
+        let was_at_risk = std::mem::take(&mut self.was_at_risk);
+        self.stats.recovered(recovered, was_at_risk);
+        self.tell(|| format!("started: {recovered:?}"));
+        self.started(&mut shard);
+        self.shard = Some(shard);
+        self.wake();
+    }
+
+    /// Either the disk had a part in it, and another start follows, or nothing can go on.
+    fn not_started(&mut self, why: String, deep: usize) {
+        let seen = self.disk.seen();
+        self.tell(|| format!("not started: {why}; {}", seen.last_failure));
+        if seen.failed_calls == 0 {
+            self.note(Event::Unserved { why });
+            self.is_over = true;
+            return;
+        }
+        if let Some(crashes) = self.stats.recovery_crashes.get_mut(deep) {
+            *crashes += u64::from(seen.is_off);
+        }
+        let before = self.disk.fired();
+        let others = self.stats.faults.others;
+        self.fall();
+        let now = self.stats.faults.others;
+        self.stats.while_recovering.disk += self.disk.fired().since(before);
+        self.stats.while_recovering.others.process_deaths +=
+            now.process_deaths - others.process_deaths;
+        let wait = self.rng.wait(20_000);
+        self.after(wait, Happening::Start { deep: deep + 1 });
     }
 
     pub(super) fn started(&mut self, shard: &mut SimShard) {
@@ -223,7 +311,7 @@ impl World {
                 match shard.close(&mut out) {
                     Ok(anchor) => {
                         self.anchor = Some(anchor.to_vec());
-                        self.stats.clean_stops += 1;
+                        self.stats.counts.clean_stops += 1;
                     }
                     Err(fatal) => self.tell(|| format!("not closed: {fatal}")),
                 }

@@ -37,7 +37,7 @@ impl Queue {
             return pinned;
         }
         if state.subscriptions.is_empty() {
-            return to - from;
+            return to - from - state.gone.count_between(from, to);
         }
         let kept_for_replay = to - self.replay_end(state).clamp(from, to);
         let of_each = state.subscriptions.values();

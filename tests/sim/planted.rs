@@ -31,7 +31,7 @@ const BUGS: &[(Bug, &[Invariant])] = &[
     (Bug::Log(log::Bug::TrustDamagedDirectory), &[I1]),
     (Bug::Core(core::Bug::OffsetOffByOne), &[I3]),
     (Bug::Core(core::Bug::DuplicateAppended), &[I3]),
-    (Bug::Core(core::Bug::SequenceGapAccepted), &[I1]),
+    (Bug::Core(core::Bug::SequenceGapAccepted), &[I3]),
     (Bug::Core(core::Bug::FencedProducerAccepted), &[I3]),
     (Bug::Core(core::Bug::DedupNotInSnapshot), &[I3]),
     (Bug::Core(core::Bug::DoneNotInSnapshot), &[I7]),

@@ -209,12 +209,19 @@ impl Producer {
         if hands.trouble(dies) {
             hands.mishap(|mishaps| &mut mishaps.producer_crashes);
             self.die(conn, hands);
+            // The next one may be there before the last words of this one arrive.
+            if hands.is_up && hands.rng.percent(50) {
+                self.open(hands);
+            }
             return;
         }
         if hands.trouble(breaks) {
             hands.mishap(|mishaps| &mut mishaps.connection_breaks);
             hands.drop_conn(conn);
             self.broken();
+            if hands.is_up && hands.rng.percent(50) {
+                self.open(hands);
+            }
             return;
         }
         if self.is_resyncing {

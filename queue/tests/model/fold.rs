@@ -174,25 +174,20 @@ impl Model {
             for offset in range.offset.0.max(first)..end {
                 let is_gone = to.core.is_let_go(id, Offset(offset), Offset(offset + 1));
                 if is_gone && !self.topics[&id].gone.contains(&offset) {
-                    assert!(!self.is_needed(id, offset), "{offset} of {id:?} is needed");
+                    assert!(self.may_go(id, offset), "{offset} of {id:?} is needed");
                     self.topics.get_mut(&id).unwrap().gone.insert(offset);
                 }
             }
         }
     }
 
-    fn is_needed(&self, id: TopicId, offset: u64) -> bool {
+    /// Whether a body is only the message's own, and nobody can come to need it.
+    fn may_go(&self, id: TopicId, offset: u64) -> bool {
         let message = &self.topics[&id].messages[offset as usize];
-        let wants = |sub: &SubscriptionId| match &self.subs[sub] {
-            sub if sub.is_queue() => !sub.items[offset as usize].is_finished(),
-            sub => sub.committed <= offset && !sub.gone.contains(&offset),
-        };
-        let subs = self.subs_of(id);
         let is_reference = message.letter.is_some() || message.copy;
-        let has_letter = self
-            .letters()
-            .any(|(.., letter)| letter.body == message.body);
-        is_reference || has_letter || subs.is_empty() || subs.iter().any(wants)
+        let mut letters = self.letters();
+        let has_letter = letters.any(|(.., letter)| letter.body == message.body);
+        !is_reference && !has_letter && !self.is_needed(id, offset)
     }
 
     /// A restart charges nothing; everybody has to come back.
@@ -391,6 +386,9 @@ impl Model {
     }
 
     fn is_wanted(&self, topic: TopicId, offset: u64, counts: impl Fn(&Item) -> bool) -> bool {
+        if self.topics[&topic].gone.contains(&offset) {
+            return false;
+        }
         let subs = self.subs_of(topic);
         let one_wants = |id: &SubscriptionId| {
             let sub = &self.subs[id];

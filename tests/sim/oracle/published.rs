@@ -2,6 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use millpond_protocol::limits::DEDUP_BATCHES_MAX;
+
 use super::Invariant::{I1, I2, I3, I4, I8};
 use super::Verdict;
 use crate::history::{Admin, Event, History, Placed, Sent, TopicNo, TopicRules, TopicSeen};
@@ -13,6 +15,8 @@ pub struct Published {
     topics: Vec<Topic>,
     /// Which message has a producer's sequence.
     sequences: BTreeMap<(u64, u64), u64>,
+    /// How many batches of a producer were answered.
+    batches: BTreeMap<u64, usize>,
     /// Sent, and nowhere seen yet.
     open: BTreeSet<u64>,
 }
@@ -53,6 +57,7 @@ impl Published {
             messages: BTreeMap::new(),
             topics: topics.collect(),
             sequences: BTreeMap::new(),
+            batches: BTreeMap::new(),
             open: BTreeSet::new(),
         }
     }
@@ -168,6 +173,7 @@ impl Published {
         messages: &[Placed],
         verdict: &mut Verdict,
     ) {
+        *self.batches.entry(producer).or_default() += 1;
         let mut before: Option<u64> = None;
         for placed in messages {
             let other = self
@@ -193,6 +199,10 @@ impl Published {
                 });
             }
             let Some(offset) = placed.offset else {
+                let batches = self.batches.get(&producer).copied().unwrap_or(0);
+                verdict.check(batches > DEDUP_BATCHES_MAX, I3, || {
+                    format!("event {now}: after {batches} batches nobody knows where {placed:?} is")
+                });
                 continue;
             };
             if !placed.is_duplicate {

@@ -231,7 +231,7 @@ fn an_unreadable_message_in_the_middle_breaks_i1() {
 }
 
 #[test]
-fn an_acknowledged_duplicate_that_stands_nowhere_breaks_i1() {
+fn a_duplicate_that_stands_nowhere_breaks_i3_and_i1() {
     let found = spoiled(|events| {
         let stop = position(events, |event| *event == Event::Stopped);
         let placed = Placed {
@@ -247,7 +247,7 @@ fn an_acknowledged_duplicate_that_stands_nowhere_breaks_i1() {
         };
         events.splice(stop..stop, [send(&[4]), accepted]);
     });
-    assert_eq!(found, [Invariant::I1]);
+    assert_eq!(found, [Invariant::I3, Invariant::I1]);
 }
 
 #[test]

@@ -40,7 +40,8 @@ const GRACE_US: u64 = 10_000_000;
 const LONGEST_LEASE_US: u64 = 8_000_000;
 const LONGEST_WAIT_US: u64 = 8_000_000;
 const COMING_BACK_US: u64 = 10_000_000;
-const MESSAGE_US: u64 = 100_000;
+/// Of a consumer that takes one message at a time, in typical waits: few are much longer.
+const WAITS_PER_MESSAGE: u64 = 12;
 /// Most events of one world; more means that it turns in circles.
 const EVENTS_MAX: u64 = 400_000;
 
@@ -543,7 +544,9 @@ impl World {
     fn rest_us(&self) -> u64 {
         let waits = GRACE_US + LONGEST_LEASE_US + LONGEST_WAIT_US + COMING_BACK_US;
         let messages: u64 = self.plan.producers.iter().map(|plan| plan.messages).sum();
-        waits + messages * self.plan.subs.len() as u64 * MESSAGE_US
+        let pace = &self.plan.pace;
+        let message_us = (pace.consume_us + pace.network_us) * WAITS_PER_MESSAGE;
+        waits + messages * self.plan.subs.len() as u64 * message_us
     }
 
     /// Looks again only after a round: nothing else moves the queue.

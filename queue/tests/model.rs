@@ -98,7 +98,6 @@ const STREAMING: Profile = &[
     (1, Kind::Dispatch),
     (1, Kind::Wake),
     (1, Kind::Seek),
-    (1, Kind::SubCreate),
     (2, Kind::LetGo),
     (1, Kind::Pause),
     (1, Kind::Resume),

@@ -8,7 +8,7 @@ use millpond_protocol::{ErrorCode, Offset, StartAt};
 use millpond_queue::StartPosition;
 
 use crate::client::Hands;
-use crate::history::SubNo;
+use crate::history::{Event, SubNo};
 use crate::plan::Plan;
 use crate::wire::{ConnId, Down, Up};
 
@@ -86,7 +86,7 @@ impl Admin {
         self.waiting = None;
     }
 
-    pub fn receive(&mut self, conn: ConnId, down: Down) {
+    pub fn receive(&mut self, conn: ConnId, down: Down, hands: &mut Hands<'_>) {
         let Down::Answer(Output::Response { id, answer }) = down else {
             return;
         };
@@ -106,7 +106,8 @@ impl Admin {
             && must_be
             && !is_made
         {
-            panic!("what the plan wants cannot be made: {error}");
+            let why = format!("what the plan wants cannot be made: {error}");
+            hands.note(Event::Unserved { why });
         }
         match self.todo.pop_front() {
             Some(Todo::Pause(sub)) => {

@@ -284,6 +284,10 @@ impl World {
                 let (session, floor) = (opened.session, opened.position.0);
                 conn.session = Some(session);
                 let sub = self.sub_of(client);
+                if !opened.resumed {
+                    let session = session.0;
+                    self.note(Event::SessionOpened { session });
+                }
                 self.note(Event::Floor { sub, floor });
             }
             Output::Notice(ConsumerNotice::Active { from }) => {

@@ -56,6 +56,7 @@ pub fn run_many(first: u64, is_enough: impl Fn(&Sum) -> bool + Sync) -> Sum {
     sum.into_inner().expect("all threads have ended")
 }
 
+#[expect(clippy::print_stdout, reason = "figures, for people and for scripts")]
 impl Sum {
     pub fn worlds(&self) -> u64 {
         self.stats.counts.histories + self.failed.len() as u64

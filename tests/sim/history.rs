@@ -89,6 +89,10 @@ pub enum Event {
         last_known: u64,
     },
 
+    /// A consumer's stay has begun.
+    SessionOpened {
+        session: u64,
+    },
     Delivered(Delivery),
     /// The client told that it has begun with this delivery.
     Begun {

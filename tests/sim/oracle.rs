@@ -30,7 +30,8 @@ pub enum Invariant {
     I4,
     /// No redelivery before its due time.
     I5,
-    /// Dead exactly once, exactly after the configured attempts; in one place, never in none.
+    /// Dead exactly once, exactly after the configured attempts; in one place, never in none. So that
+    /// attempts can be counted, no two leases have the same name.
     I6,
     /// Acknowledged by a consumer, so finished: floors and offsets go back only by a seek.
     I7,

@@ -628,7 +628,7 @@ impl Client {
         match self {
             Self::Producer(producer) => producer.receive(conn, down, hands),
             Self::Consumer(consumer) => consumer.receive(conn, down, hands),
-            Self::Admin(admin) => admin.receive(conn, down),
+            Self::Admin(admin) => admin.receive(conn, down, hands),
         }
     }
 

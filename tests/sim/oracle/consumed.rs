@@ -17,6 +17,7 @@ pub struct Consumed {
     /// Taken in, not answered.
     settling: BTreeMap<u64, Settle>,
     committing: BTreeMap<u64, (SubNo, u64, usize)>,
+    sessions: BTreeSet<u64>,
     /// Counts processes.
     process: u64,
 }
@@ -131,6 +132,7 @@ impl Consumed {
             subs: subs.collect(),
             settling: BTreeMap::new(),
             committing: BTreeMap::new(),
+            sessions: BTreeSet::new(),
             process: 0,
         }
     }
@@ -144,6 +146,11 @@ impl Consumed {
 
     pub fn see(&mut self, now: usize, event: &Event, verdict: &mut Verdict) {
         match event {
+            Event::SessionOpened { session } => {
+                verdict.check(self.sessions.insert(*session), I6, || {
+                    format!("event {now}: session {session} begins for the second time")
+                });
+            }
             Event::Delivered(delivery) => self.delivered(now, *delivery, verdict),
             Event::Begun {
                 sub,

@@ -485,6 +485,17 @@ fn a_failure_that_somebody_else_says_breaks_i6() {
 }
 
 #[test]
+fn a_session_that_begins_twice_breaks_i6() {
+    let found = spoiled(|events| {
+        let opened = Event::SessionOpened { session: 5 };
+        events.insert(0, opened.clone());
+        let stop = position(events, |event| *event == Event::Stopped);
+        events.insert(stop + 1, opened);
+    });
+    assert_eq!(found, [Invariant::I6]);
+}
+
+#[test]
 fn dead_after_too_few_attempts_breaks_i6() {
     let found = spoiled(|events| end(events).subs[0].letters[0].failures = 1);
     assert!(found.iter().all(|found| *found == Invariant::I6) && !found.is_empty());

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::bodies::Bodies;
-use crate::clock::{SystemClock, load_anchor, save_anchor};
+use crate::clock::{ANCHOR_BYTES, SystemClock, load_anchor, save_anchor};
 use crate::config::Config;
 use crate::disk::{DiskLevel, DiskMonitor};
 use crate::http;
@@ -107,8 +107,7 @@ impl Broker {
         let (mut shard, recovered) = opened
             .map_err(|e| StartError::io("recover", &config.data, std::io::Error::other(e)))?
             .map_err(|e| StartError::shard(&config.data, e))?;
-        save_anchor(&config.data, &shard.anchor())
-            .map_err(|e| StartError::io("write", &config.data, e))?;
+        save_first_anchor(&config.data, &shard.anchor())?;
         metrics.recovered(began.elapsed());
         log_recovery(&recovered, began.elapsed());
 
@@ -286,6 +285,17 @@ fn make_folder(path: &Path) -> Result<(), StartError> {
         path: path.to_owned(),
         source,
     })
+}
+
+/// Starting needs no new space: without an anchor the next start counts as one after a reboot.
+fn save_first_anchor(data: &Path, anchor: &[u8; ANCHOR_BYTES]) -> Result<(), StartError> {
+    match save_anchor(data, anchor) {
+        Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            tracing::warn!(%error, "the clock's anchor was not saved");
+            Ok(())
+        }
+        saved => saved.map_err(|e| StartError::io("write", data, e)),
+    }
 }
 
 fn shard_options(config: &Config) -> ShardOptions {

@@ -223,6 +223,10 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
     }
 
     fn wait(&mut self) -> Result<Option<Message<S>>, RecvTimeoutError> {
+        if !self.shard.takes_more() {
+            std::thread::sleep(Duration::from_micros(self.shard.wait_us()));
+            return Ok(None);
+        }
         if let Ok(message) = self.messages.try_recv() {
             return Ok(Some(message));
         }

@@ -131,6 +131,14 @@ impl<S: Storage> Log<S> {
         Ok(appended)
     }
 
+    /// Sees to it that the group has a segment to go into, so that appending it does not find the disk
+    /// full. After `DiskFull` nothing has changed, and it may be asked again.
+    pub fn make_room_for(&mut self, group: &Group) -> Result<(), LogError> {
+        self.check_writable()?;
+        let disk_bytes = group.bytes().next_multiple_of(BLOCK_BYTES) as u64;
+        self.make_room(disk_bytes, u64::from(group.records()))
+    }
+
     /// Writes an empty entry that vouches for the last one, if nothing does yet. To be called when 10 ms
     /// have passed after a commit with nothing behind it: until then a torn last entry cannot be told
     /// from one that was acknowledged and then damaged.
@@ -247,7 +255,11 @@ impl<S: Storage> Log<S> {
             Health::Unreplayed | Health::Damaged(_) => return Ok(()),
             Health::Poisoned => return Err(LogError::Poisoned),
         }
-        self.vouch()?;
+        match self.vouch() {
+            // Everything is durable; it is vouched for and sealed after the next start.
+            Err(LogError::DiskFull) => return Ok(()),
+            vouched => vouched?,
+        }
         self.end_active();
         self.seal_ended(0)
     }

@@ -154,7 +154,8 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 "the broker is shutting down; reconnect and send again",
             ));
         }
-        self.gates.disk_low.then(|| {
+        let is_full = self.gates.disk_low || self.held_until_us.is_some();
+        is_full.then(|| {
             let text =
                 "the broker's disk is nearly full; free space or raise the limit, then send again";
             WireError::new(ErrorCode::DiskLow, text).retry_after(DISK_RETRY_MS)

@@ -25,7 +25,7 @@ use std::collections::BTreeMap;
 use millpond_protocol::{LogIndex, Offset, SessionId, Stamp, SubscriptionId};
 use millpond_queue::{Effect, Place, Proposal, Queue, Record, publish_header};
 use millpond_wal::storage::Storage;
-use millpond_wal::{Group, Log};
+use millpond_wal::{Group, Log, LogError};
 
 use crate::clock::{ANCHOR_BYTES, Clock, Stamper};
 use crate::shard::answer::Origin;
@@ -42,6 +42,8 @@ pub const GROUP_RECORDS_MAX: usize = 8_192;
 const DISPATCH_BUDGET: usize = 8_192;
 /// A group with nothing but hand-outs, which nobody waits for, is committed within this time.
 pub const LEASE_COMMIT_US: u64 = 5_000;
+/// A group that a full disk holds back is tried again after this time.
+const HELD_RETRY_US: u64 = 20_000;
 /// A commit with nothing behind it is vouched for after this time.
 pub const VOUCH_AFTER_US: u64 = 10_000;
 /// A shard that is late by so much was away: a disk stood still, the machine slept, or the start
@@ -123,6 +125,8 @@ pub struct Shard<S: Storage, C: Clock> {
     awaited: bool,
     /// When the first record of a group that nobody waits for was put in.
     idle_since_us: u64,
+    /// When the open group is tried again, while a full disk holds it back.
+    held_until_us: Option<u64>,
     /// When the last commit ended, while it is not vouched for.
     vouch_since_us: Option<u64>,
     /// Until when the shard was awake, or meant to rest.
@@ -161,10 +165,16 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         self.group.bytes() >= GROUP_BYTES_TARGET || self.pending.len() >= GROUP_RECORDS_MAX
     }
 
+    /// False while a full disk holds back a group that is full: more would be too much for one entry.
+    #[must_use]
+    pub fn takes_more(&self) -> bool {
+        self.held_until_us.is_none() || !self.is_group_full()
+    }
+
     /// Appends the open group, returns from its sync, applies it and answers.
     ///
     /// # Errors
-    /// Any error is fatal: the log is poisoned and nothing of the group was answered.
+    /// Any error is fatal, a full disk too: the log is poisoned and nothing of the group was answered.
     pub fn commit(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
         if self.pending.is_empty() {
             return Ok(());
@@ -199,14 +209,38 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             || self.is_group_full()
             || (!self.pending.is_empty() && idle_us >= LEASE_COMMIT_US)
         {
-            self.commit(out)?;
+            self.commit_if_room(out)?;
         }
         Ok(())
     }
 
+    /// A full disk is no failure: nothing has been written. The group waits, publishes are refused and
+    /// nothing is handed out, until an operator, cleaning or the reserve has made room.
+    fn commit_if_room(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        let now = self.stamper.clock().boottime_us();
+        if self.held_until_us.is_some_and(|until| now < until) {
+            return Ok(());
+        }
+        match self.log.make_room_for(&self.group) {
+            Err(LogError::DiskFull) => {
+                if self.held_until_us.replace(now + HELD_RETRY_US).is_none() {
+                    tracing::warn!("the disk is full: nothing is committed until space is freed");
+                }
+                Ok(())
+            }
+            Err(error) => Err(error.into()),
+            Ok(()) => {
+                if self.held_until_us.take().is_some() {
+                    tracing::warn!("there is space again: commits go on");
+                }
+                self.commit(out)
+            }
+        }
+    }
+
     /// Lets the queue propose leases, expiries and whatever time asks for, and hands out.
     pub fn dispatch(&mut self, out: &mut Outbox<S>) {
-        if self.gates.read_only {
+        if self.gates.read_only || self.held_until_us.is_some() {
             return;
         }
         let now = self.stamper.now();
@@ -226,7 +260,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             .is_some_and(|since| now.saturating_sub(since) >= VOUCH_AFTER_US)
         {
             self.vouch_since_us = None;
-            self.log.vouch()?;
+            match self.log.vouch() {
+                Err(LogError::DiskFull) => self.vouch_since_us = Some(now),
+                vouched => vouched?,
+            }
         }
         Ok(())
     }
@@ -253,6 +290,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     }
 
     fn rest_us(&mut self, clock_us: u64) -> u64 {
+        if let Some(until) = self.held_until_us {
+            return until.saturating_sub(clock_us);
+        }
         if self.more_to_dispatch || self.awaited {
             return 0;
         }

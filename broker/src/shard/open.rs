@@ -122,6 +122,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             refused: Vec::new(),
             awaited: false,
             idle_since_us: 0,
+            held_until_us: None,
             vouch_since_us: None,
             expected_us,
             attached: std::collections::BTreeMap::new(),

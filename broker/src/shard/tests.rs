@@ -6,8 +6,9 @@ use millpond_protocol::TopicConfig;
 use millpond_protocol::control::{CreateSubscription, OpenConsumer, Request, SessionResume};
 use millpond_queue::StartPosition;
 use millpond_wal::sim::SimStorage;
+use millpond_wal::storage::Storage as _;
 
-use super::io::{Opened, ResolvedRequest};
+use super::io::{Answer, Opened, ResolvedRequest};
 use super::*;
 use crate::clock::ManualClock;
 
@@ -103,6 +104,36 @@ impl Rig {
     }
 }
 
+/// Asks for a topic as the shard's thread does; whether it was made.
+fn creates(rig: &mut Rig, number: u64) -> bool {
+    let mut out = Outbox::default();
+    let name = format!("topic-{number}");
+    let config = TopicConfig::default();
+    let request = ResolvedRequest::Plain(Request::TopicCreate { name, config });
+    let input: Input<()> = Input::Request {
+        stream: StreamId(0),
+        id: number,
+        request,
+    };
+    rig.shard.input(input, &mut out);
+    rig.shard.commit_if_due(&mut out).unwrap();
+    made(&out).any(|id| id == number)
+}
+
+/// The requests that are answered well.
+fn made(out: &Outbox<SimStorage>) -> impl Iterator<Item = u64> {
+    let made = |output: &Output| match output {
+        Output::Response { id, answer } => match &**answer {
+            Answer::Ready(result) => result.is_ok().then_some(*id),
+            _ => None,
+        },
+        _ => None,
+    };
+    out.replies
+        .iter()
+        .filter_map(move |(_, output)| made(output))
+}
+
 fn open(storage: &SimStorage, clock: &ManualClock) -> Shard<SimStorage, ManualClock> {
     let options = ShardOptions {
         log: millpond_wal::Options {
@@ -146,4 +177,36 @@ fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
     rig.round();
     rig.rest(9 * SECOND_US);
     assert!(rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn a_full_disk_holds_a_commit_back_until_there_is_space() {
+    let mut rig = Rig::new();
+    let space = rig.storage.space().unwrap();
+    rig.storage
+        .set_capacity(space.total_bytes - space.free_bytes);
+    let mut number = 2;
+    while creates(&mut rig, number) {
+        number += 1;
+        assert!(number < 300, "a segment has not so many blocks");
+    }
+    assert!(number > 2, "what has a segment goes on");
+    assert!(rig.shard.wait_us() > 0, "it does not spin");
+    assert!(!rig.shard.remarks().is_empty(), "and says why");
+
+    rig.storage.set_capacity(space.total_bytes);
+    rig.clock.advance_us(HELD_RETRY_US);
+    let mut out = Outbox::default();
+    rig.shard.commit_if_due(&mut out).unwrap();
+    assert!(
+        made(&out).any(|id| id == number),
+        "the group that was held back"
+    );
+    assert!(rig.shard.remarks().is_empty());
+    assert!(creates(&mut rig, number + 1));
+
+    rig.storage.restart();
+    let shard = open(&rig.storage, &rig.clock);
+    let last = format!("topic-{}", number + 1);
+    assert!(shard.queue().topic_id(&last).is_some());
 }

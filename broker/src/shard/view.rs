@@ -185,6 +185,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             gates.no_leases,
             "the disk reserve is used up: nothing is handed out",
         );
+        remark(
+            self.held_until_us.is_some(),
+            "the disk is full: nothing is committed until space is freed",
+        );
         remark(gates.draining, "the broker is shutting down");
         remarks
     }

@@ -624,5 +624,30 @@ async fn a_handler_that_outlives_the_drain_time_hands_its_message_back() {
     assert_eq!(patient(running).await.unwrap().unwrap().released, 1);
 }
 
+/// A broker that lost its last leases in a crash gives their names to the next ones.
+#[tokio::test]
+async fn a_resumed_session_asks_for_nothing_before_its_settlements_are_answered() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    consumer.deliveries.deliver(1, [1, 2]).await;
+    let acked = consumer.next().await.ack_later();
+    acks(&mut consumer.settlements).await;
+    connection.break_off();
+
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        resumed: true,
+        ..opened(1, SubscriptionMode::Queue)
+    };
+    let (_, mut deliveries, mut settlements) = connection.consumer(&again).await;
+    assert_eq!(acks(&mut settlements).await[0].offset, Offset(1));
+    let early = tokio::time::timeout(Duration::from_millis(100), deliveries.next()).await;
+    assert!(early.is_err(), "credit before the answer");
+    settled(&mut settlements, 1).await;
+    assert_eq!(patient(acked).await, Ok(()));
+    credit(&mut deliveries, 10, 0).await;
+}
+
 /// Breaks of one connection, each sooner than `RECONNECT_MAX` after the one before.
 const BREAKS: usize = 24;

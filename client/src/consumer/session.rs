@@ -561,6 +561,7 @@ impl State {
             self.settle
                 .settle(lease, Outcome::Release { delay_ms: None });
         }
+        self.settle.repeat();
     }
 
     fn receive(&mut self, delivered: Delivered) {
@@ -593,6 +594,11 @@ impl State {
 
     fn grant(&mut self, prefetch: Prefetch) {
         if self.phase != Phase::Open || self.settle.pending() > SETTLEMENTS_PENDING_MAX {
+            return;
+        }
+        // A broker that lost its last leases in a crash gives their names to the next ones: what is
+        // settled under such a name must be answered before there can be another delivery of it.
+        if self.settle.is_repeating() {
             return;
         }
         let wanted = prefetch

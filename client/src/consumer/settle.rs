@@ -39,6 +39,8 @@ pub struct SettleQueue {
     sent: VecDeque<Batch>,
     /// Answers since the stream was opened.
     answered: u64,
+    /// So many of them are to what was unanswered when it was opened.
+    repeated: u64,
     /// Settlements without an answer.
     pending: usize,
 }
@@ -150,10 +152,23 @@ impl SettleQueue {
 
     /// The stream is gone: what has no answer is sent again on the next one.
     pub fn lost(&mut self) {
-        self.answered = 0;
+        (self.answered, self.repeated) = (0, 0);
         for batch in std::mem::take(&mut self.sent).into_iter().rev() {
             self.ready.push_front(batch.rest());
         }
+    }
+
+    /// The stream is open again, and everything unanswered goes out first.
+    pub fn repeat(&mut self) {
+        let open = [self.acks.take(), self.items.take()];
+        self.ready.extend(open.into_iter().flatten());
+        let rows = self.ready.iter().map(|batch| u64::from(batch.rows.count()));
+        self.repeated = rows.sum();
+    }
+
+    /// True until all that was unanswered when the stream was opened has its answer.
+    pub fn is_repeating(&self) -> bool {
+        self.answered < self.repeated
     }
 
     /// The session is over: everything fails.
@@ -164,7 +179,7 @@ impl SettleQueue {
             let left = batch.rows.count() - batch.answered;
             batch.answer(left, &Err(error.clone()), wakeups);
         }
-        self.answered = 0;
+        (self.answered, self.repeated) = (0, 0);
         self.pending = 0;
     }
 

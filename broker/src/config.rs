@@ -147,7 +147,8 @@ pub struct LogConfig {
     /// read instead of the end of the process. Default true.
     pub mmap: bool,
     /// Segments filled with zeros ahead of need, which makes syncs cheaper. Default 2; 1 to 16;
-    /// each takes `segment_bytes` of disk. At least one, because starting needs no new space.
+    /// each takes `segment_bytes` of disk. The last one is left for the next start, which so needs no
+    /// new space.
     pub spare_segments: usize,
 }
 

@@ -4,11 +4,11 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use millpond_wal::OpenError;
 use millpond_wal::storage::FolderError;
+use millpond_wal::{LogError, OpenError};
 
 use crate::config::ConfigError;
-use crate::shard::OpenShardError;
+use crate::shard::{Fatal, OpenShardError};
 
 /// Why the broker did not start. Nothing was changed that a later start would trip over.
 #[derive(Debug, thiserror::Error)]
@@ -135,6 +135,12 @@ impl StartError {
     pub fn shard(data: &Path, error: OpenShardError) -> Self {
         match error {
             OpenShardError::Log(error) => Self::log(data, error),
+            OpenShardError::Start(Fatal::Log(LogError::DiskFull)) => Self::DiskFull {
+                path: data.to_path_buf(),
+            },
+            OpenShardError::Start(Fatal::Log(LogError::Disk { what, file, source })) => {
+                Self::io(what, &data.join(file), source)
+            }
             damage => Self::Damaged {
                 path: data.to_path_buf(),
                 problem: damage.to_string(),
@@ -251,6 +257,13 @@ mod tests {
         let path = PathBuf::from("/d/log");
         let held = StartError::folder(data, FolderError::Held { path, pid: Some(7) });
         assert!(held.to_string().contains("process 7"), "{held}");
+    }
+
+    #[test]
+    fn a_start_that_finds_the_disk_full_is_no_damage() {
+        let full = OpenShardError::Start(Fatal::Log(LogError::DiskFull));
+        let error = StartError::shard(Path::new("/d"), full);
+        assert!(matches!(error, StartError::DiskFull { .. }), "{error}");
     }
 
     #[test]

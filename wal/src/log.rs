@@ -475,7 +475,10 @@ impl<S: Storage> Log<S> {
             .spares
             .front()
             .is_some_and(|spare| spare.bytes >= bytes);
-        if fits && let Some(spare) = self.spares.pop_front() {
+        if fits
+            && self.may_take_spare()
+            && let Some(spare) = self.spares.pop_front()
+        {
             let renamed = self.storage.rename(&spare.name(), name);
             let file = renamed.and_then(|()| self.storage.open(name));
             return file.map_err(|source| self.poison_io("begin", name, source));
@@ -491,6 +494,11 @@ impl<S: Storage> Log<S> {
             self.unlink(name);
             LogError::DiskFull
         })
+    }
+
+    /// The last spare is left for the next start, which must need no new space, unless this is that start.
+    fn may_take_spare(&self) -> bool {
+        self.spares.len() > 1 || self.stats.entries == 0
     }
 
     /// A sealed (or lost) segment that recovery no longer needs.

@@ -295,6 +295,30 @@ fn spares_are_used_and_survive_a_restart() {
 }
 
 #[test]
+fn on_a_full_disk_the_last_spare_is_left_for_the_next_start() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    log.install_spare(log.spare_job().unwrap().run().unwrap());
+    let space = storage.space().unwrap();
+    storage.set_capacity(space.total_bytes - space.free_bytes);
+    let mut appended = 1;
+    let full = loop {
+        match append(&mut log, 1, 10) {
+            Ok(_) => appended += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(full, LogError::DiskFull), "{full}");
+    assert_eq!(log.stats().spares, 1);
+    drop(log);
+    storage.restart_process();
+    let (mut log, replayed) = open(&storage);
+    assert_eq!(replayed.len(), appended);
+    append(&mut log, 1, 10).unwrap();
+}
+
+#[test]
 fn segments_without_a_manifest_are_damage() {
     let storage = SimStorage::new(1);
     let (mut log, _) = open(&storage);

@@ -27,6 +27,7 @@ use crate::limits::{
     CONNECTION_WINDOW_BYTES, IDLE_TIMEOUT, INITIAL_RTT, KEEP_ALIVE, SEND_WINDOW_BYTES,
     SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES,
 };
+use crate::producer::PublishStreams;
 
 /// A connection that the broker has welcomed.
 pub struct Link {
@@ -37,6 +38,8 @@ pub struct Link {
     pub leaving: CancellationToken,
     /// Whoever has something under way on it.
     pub users: TaskTracker,
+    /// Where its producers are.
+    pub publishing: PublishStreams,
 }
 
 impl Link {
@@ -135,6 +138,7 @@ impl Dialer {
             welcome,
             leaving,
             users: TaskTracker::new(),
+            publishing: PublishStreams::default(),
         };
         Ok((link, stream))
     }

@@ -76,6 +76,10 @@ pub const LIST_PAGES_MAX: usize = 10_000;
 pub const PRODUCER_WINDOW_MESSAGES: usize = 65_536;
 /// Bytes of them; they are kept to be sent again.
 pub const PRODUCER_WINDOW_BYTES: usize = 32 << 20;
+/// Bytes that a publish stream's writer takes from its producers for one write; one frame more at most.
+pub const WRITE_BYTES_TARGET: usize = 256 << 10;
+/// Messages of one frame that are copied behind others into one piece, in bytes; larger ones are not.
+pub const COPY_BYTES_MAX: usize = 8 << 10;
 /// Frames of one producer that are unanswered while small batches still go out at once.
 pub const GATHER_FRAMES: usize = 4;
 /// Bytes of a batch that goes out however many are unanswered.

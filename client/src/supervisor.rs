@@ -35,6 +35,8 @@ pub struct Shared {
     pub closed: CancellationToken,
     /// Producers and sessions.
     pub tasks: TaskTracker,
+    /// What several of them share; ends with its connection.
+    pub streams: TaskTracker,
     supervisor: TaskTracker,
 }
 
@@ -57,6 +59,7 @@ impl Shared {
             draining: CancellationToken::new(),
             closed: CancellationToken::new(),
             tasks: TaskTracker::new(),
+            streams: TaskTracker::new(),
             supervisor: TaskTracker::new(),
         })
     }
@@ -130,6 +133,8 @@ impl Shared {
         self.tasks.wait().await;
         self.supervisor.close();
         self.supervisor.wait().await;
+        self.streams.close();
+        self.streams.wait().await;
         let _ = timeout(CLOSE_TIMEOUT, self.dialer.wait_idle()).await;
     }
 

@@ -8,10 +8,13 @@ use std::time::Duration;
 
 use fake::{FakeBroker, WIDE, patient};
 use millpond_client::{Error, ErrorClass, ErrorCode, Message, Offset, Producer, WireError};
-use millpond_protocol::control::{ProducerOpened, PublishRefused};
+use millpond_protocol::control::{Leaving, OpenProducer, ProducerOpened, PublishRefused};
 use millpond_protocol::frame::FrameType;
-use millpond_protocol::hot::{AckKind, Credit, PublishAck};
-use millpond_protocol::{Epoch, MessageView, ProducerKey, Sequence, TopicId};
+use millpond_protocol::hot::{AckKind, Credit, Publish, PublishAck};
+use millpond_protocol::{Epoch, MessageView, ProducerHandle, ProducerKey, Sequence, TopicId};
+
+/// The first producer of a stream.
+const FIRST: ProducerHandle = ProducerHandle(1);
 
 async fn open(
     client: &millpond_client::Client,
@@ -25,6 +28,7 @@ async fn open(
 
 fn refusal(previous: u64, count: u32, last: u64, code: ErrorCode) -> PublishRefused {
     PublishRefused {
+        handle: FIRST,
         previous: Sequence(previous),
         count,
         last_accepted: Sequence(last),
@@ -114,7 +118,7 @@ async fn a_fenced_producer_is_over() {
     let pending = producer.try_send(Message::new("a")).unwrap();
     stream.publish().await;
     let fenced = WireError::new(ErrorCode::ProducerFenced, "another one was opened");
-    stream.write(FrameType::Error, &fenced).await;
+    stream.end_producer(FIRST, Some(fenced)).await;
     assert_eq!(patient(pending).await, Err(Error::Fenced));
     let next = producer.send(Message::new("b")).await;
     assert_eq!(next, Err(Error::Fenced));
@@ -156,6 +160,7 @@ async fn a_send_that_finds_no_room_in_time_tells_the_brokers_reason() {
     let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, none));
     let producer = producer.unwrap();
     let pressed = PublishAck {
+        handle: FIRST,
         pressure: Some(ErrorCode::Memory),
         retry_after_ms: 70,
         ..PublishAck::default()
@@ -227,7 +232,8 @@ async fn a_closed_producer_has_sent_everything() {
     stream.ack(4, 0, 1, AckKind::Appended).await;
     patient(closing).await.unwrap();
     assert!(patient(receipt).await.is_ok());
-    assert_eq!(stream.next().await, None);
+    let left = stream.producer_leaves().await;
+    assert_eq!((left.handle, left.leaving), (FIRST, Leaving::ForGood));
     let late = other.send(Message::new("b")).await;
     assert_eq!(late, Err(Error::Closed));
 }
@@ -271,10 +277,13 @@ async fn a_forgotten_anonymous_producer_begins_anew() {
     assert!(open.resume.is_some());
     let unsent = producer.try_send(Message::new("b")).unwrap();
     let expired = WireError::new(ErrorCode::ProducerStateExpired, "forgotten");
-    stream.write(FrameType::Error, &expired).await;
-    let (open, mut stream) = connection.producer_asks().await;
+    stream.end_producer(open.handle, Some(expired)).await;
+    let again = stream.read(FrameType::OpenProducer).await;
+    let open: OpenProducer = again.decode().unwrap();
     assert!(open.resume.is_none());
+    stream.handle = open.handle;
     let opened = ProducerOpened {
+        handle: open.handle,
         topic: TopicId(1),
         producer: ProducerKey(6),
         epoch: Epoch(1),
@@ -311,6 +320,7 @@ async fn many_senders_share_batches_and_each_gets_its_own_offset() {
             last += u64::from(batch.count);
             assert!(last <= next + 64, "more than the credit was sent");
             let ack = PublishAck {
+                handle: FIRST,
                 credit: Credit {
                     max_messages: last + 64,
                     max_bytes: bytes + (1 << 20),
@@ -343,4 +353,138 @@ async fn many_senders_share_batches_and_each_gets_its_own_offset() {
         sender.unwrap();
     }
     assert!(patient(serving).await.unwrap() < SENDERS * EACH, "batched");
+}
+
+#[tokio::test]
+async fn producers_of_one_connection_share_a_stream_and_nothing_else() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (first, mut stream) = open(&client, &connection).await;
+    let opening = client.producer("bills").id("b").open();
+    let (second, asked) = tokio::join!(opening, stream.next_producer(7, WIDE));
+    let second = second.unwrap();
+    assert_eq!(
+        (asked.topic.as_str(), asked.handle),
+        ("bills", ProducerHandle(2))
+    );
+
+    let of_first = first.try_send(Message::new("a")).unwrap();
+    assert_eq!(stream.publish().await.handle, FIRST);
+    let of_second = second.try_send(Message::new("b")).unwrap();
+    let batch = stream.publish().await;
+    assert_eq!((batch.handle, batch.previous), (asked.handle, Sequence(7)));
+    stream.handle = asked.handle;
+    stream.ack(8, 3, 1, AckKind::Appended).await;
+    assert_eq!(patient(of_second).await.unwrap().offset, Some(Offset(3)));
+
+    // What ends one of them is nothing to the other.
+    let fenced = WireError::new(ErrorCode::ProducerFenced, "another one was opened");
+    stream.end_producer(FIRST, Some(fenced)).await;
+    assert_eq!(patient(of_first).await, Err(Error::Fenced));
+    // An answer that comes behind the end finds nobody.
+    stream.handle = FIRST;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    let more = second.try_send(Message::new("c")).unwrap();
+    assert_eq!(stream.publish().await.previous, Sequence(8));
+    stream.handle = asked.handle;
+    stream.ack(9, 4, 1, AckKind::Appended).await;
+    assert_eq!(patient(more).await.unwrap().offset, Some(Offset(4)));
+}
+
+#[tokio::test]
+async fn a_dropped_producer_leaves_once_it_is_answered_and_the_others_go_on() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (first, mut stream) = open(&client, &connection).await;
+    let opening = client.producer("bills").open();
+    let (second, asked) = tokio::join!(opening, stream.next_producer(0, WIDE));
+    let second = second.unwrap();
+    let last_words = first.try_send(Message::new("a")).unwrap();
+    drop(first);
+    assert_eq!(stream.publish().await.handle, FIRST);
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert!(patient(last_words).await.is_ok());
+    let left = stream.producer_leaves().await;
+    assert_eq!((left.handle, left.leaving), (FIRST, Leaving::ForGood));
+    stream.end_producer(FIRST, None).await;
+    let sent = second.try_send(Message::new("b")).unwrap();
+    assert_eq!(stream.publish().await.handle, asked.handle);
+    stream.handle = asked.handle;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert!(patient(sent).await.is_ok());
+}
+
+#[tokio::test]
+async fn a_producer_that_must_open_again_does_so_in_a_new_place_on_the_stream() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let doubtful = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    let overrun = WireError::new(ErrorCode::CreditOverrun, "too much");
+    stream.end_producer(FIRST, Some(overrun)).await;
+    let open = stream.next_producer(0, WIDE).await;
+    assert_eq!(
+        (open.handle, open.resume.is_some()),
+        (ProducerHandle(2), true)
+    );
+    // This late answer is not for what is sent from the new place.
+    stream.ack(1, 77, 1, AckKind::Appended).await;
+    let again = stream.publish().await;
+    assert_eq!((again.handle, again.count), (open.handle, 1));
+    stream.handle = open.handle;
+    stream.ack(1, 5, 1, AckKind::Appended).await;
+    assert_eq!(patient(doubtful).await.unwrap().offset, Some(Offset(5)));
+
+    // It leaves by itself when what it hears makes no sense, and can come back.
+    let doubtful = producer.try_send(Message::new("b")).unwrap();
+    stream.publish().await;
+    let nonsense = PublishRefused {
+        handle: open.handle,
+        ..refusal(99, 1, 1, ErrorCode::DiskLow)
+    };
+    stream.write(FrameType::PublishRefused, &nonsense).await;
+    let left = stream.producer_leaves().await;
+    assert_eq!((left.handle, left.leaving), (open.handle, Leaving::ForNow));
+    let open = stream.next_producer(1, WIDE).await;
+    stream.publish().await;
+    stream.handle = open.handle;
+    stream.ack(2, 6, 1, AckKind::Appended).await;
+    assert_eq!(patient(doubtful).await.unwrap().offset, Some(Offset(6)));
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_takes_nobody_with_it() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (first, mut stream) = open(&client, &connection).await;
+    let opening = client.producer("bills").open();
+    let (second, _) = tokio::join!(opening, stream.next_producer(0, WIDE));
+    let producers = [first, second.unwrap()];
+    let receipts = [0, 1].map(|n| producers[n].try_send(Message::new("a")).unwrap());
+    stream.publish().await;
+    stream.publish().await;
+    // An answer to a producer that never was.
+    stream.handle = ProducerHandle(9);
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert_eq!(stream.next().await, None);
+
+    let (_, mut stream) = connection.producer(0, WIDE).await;
+    let mut answered = 0;
+    while answered < 2 {
+        // The one may publish before the other has asked.
+        let frame = stream.next().await.unwrap();
+        if frame.kind == FrameType::OpenProducer {
+            let open: OpenProducer = frame.decode().unwrap();
+            stream.opened(open.handle, 0, WIDE).await;
+            continue;
+        }
+        let publish = frame.expect(FrameType::Publish).unwrap();
+        stream.handle = Publish::decode(&publish.body).unwrap().handle;
+        stream.ack(1, 0, 1, AckKind::Appended).await;
+        answered += 1;
+    }
+    for receipt in receipts {
+        assert!(patient(receipt).await.is_ok());
+    }
 }

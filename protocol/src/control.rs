@@ -8,7 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{ErrorCode, WireError};
 use crate::hot::Credit;
-use crate::ids::{Delivery, Epoch, Offset, Sequence, SessionId, Stamp, SubscriptionId, TopicId};
+use crate::ids::{
+    Delivery, Epoch, Offset, ProducerHandle, Sequence, SessionId, Stamp, SubscriptionId, TopicId,
+};
 use crate::policy::{
     StartAt, SubscriptionConfig, SubscriptionMode, SubscriptionPatch, TopicConfig, TopicPatch,
 };
@@ -44,11 +46,13 @@ pub struct GoAway {
     pub reason: String,
 }
 
-/// First frame of a producer stream.
+/// Opens a producer on a publish stream; the first one makes the stream one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OpenProducer {
+    /// Higher than every other one on this stream before it.
+    pub handle: ProducerHandle,
     pub topic: String,
-    /// Names the dedup state; absent: the state lives as long as this stream's session.
+    /// Names the dedup state; absent: the state lives until the producer is closed for good.
     pub producer_id: Option<String>,
     /// An anonymous producer that reconnects names the state that it had before.
     pub resume: Option<ProducerResume>,
@@ -64,6 +68,7 @@ pub struct ProducerResume {
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProducerOpened {
+    pub handle: ProducerHandle,
     pub topic: TopicId,
     pub producer: crate::ids::ProducerKey,
     /// This incarnation; lower ones are fenced from now on.
@@ -73,15 +78,41 @@ pub struct ProducerOpened {
     pub credit: Credit,
 }
 
-/// Nothing of a publish frame was appended. The frames behind it are refused too, as a gap.
+/// Nothing of a publish frame was appended. The producer's frames behind it are refused too, as a gap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PublishRefused {
+    pub handle: ProducerHandle,
     /// `previous` of the refused frame, so that the sender finds it.
     pub previous: Sequence,
     pub count: u32,
     /// The last accepted sequence, from which a sender re-syncs.
     pub last_accepted: Sequence,
     pub error: WireError,
+}
+
+/// The client leaves a producer. What was published before is still taken, but perhaps not answered.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CloseProducer {
+    pub handle: ProducerHandle,
+    pub leaving: Leaving,
+}
+
+/// Whether a producer that leaves will be back.
+#[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Leaving {
+    /// It is done: the dedup state of an anonymous one goes.
+    ForGood,
+    /// It may resume: its state stays.
+    ForNow,
+}
+
+/// Nothing more comes for this producer, and what it still sends is passed over. The others of its
+/// stream go on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProducerEnded {
+    pub handle: ProducerHandle,
+    /// Why; absent if the client closed it.
+    pub error: Option<WireError>,
 }
 
 /// First frame of a delivery stream.
@@ -601,5 +632,30 @@ mod tests {
         };
         let bytes = encode(FrameType::Request, &request).unwrap();
         assert_eq!(&bytes[HEADER_BYTES..], &[3, 3, 1, b'a']);
+    }
+
+    #[test]
+    fn the_frames_around_a_producer_have_these_bytes() {
+        fn body<T: Serialize>(kind: FrameType, value: &T) -> Vec<u8> {
+            encode(kind, value).unwrap()[HEADER_BYTES..].to_vec()
+        }
+        let handle = ProducerHandle(9);
+        let open = OpenProducer {
+            handle,
+            topic: "t".into(),
+            producer_id: None,
+            resume: None,
+        };
+        let golden = [9, 1, b't', 0, 0];
+        assert_eq!(body(FrameType::OpenProducer, &open), golden);
+        for (leaving, golden) in [(Leaving::ForGood, [9, 0]), (Leaving::ForNow, [9, 1])] {
+            let close = CloseProducer { handle, leaving };
+            assert_eq!(body(FrameType::CloseProducer, &close), golden);
+        }
+        let error = Some(WireError::new(ErrorCode::ProducerFenced, "f"));
+        for (error, golden) in [(None, &[9, 0][..]), (error, &[9, 1, 30, 1, b'f', 0])] {
+            let ended = ProducerEnded { handle, error };
+            assert_eq!(body(FrameType::ProducerEnded, &ended), golden);
+        }
     }
 }

@@ -58,9 +58,9 @@ frame_types! {
     GoAway = 5,
     /// A `WireError` that ends this stream.
     Error = 6,
-    /// Producer stream, first: `control::OpenProducer`.
+    /// Publish stream, the first frame and any later one: `control::OpenProducer`.
     OpenProducer = 16,
-    /// Its answer: `control::ProducerOpened`.
+    /// Its answer: `control::ProducerOpened`, or `ProducerEnded`.
     ProducerOpened = 17,
     /// `hot::Publish`.
     Publish = 18,
@@ -68,6 +68,10 @@ frame_types! {
     PublishAck = 19,
     /// `control::PublishRefused`: nothing of that publish frame was appended.
     PublishRefused = 20,
+    /// `control::CloseProducer`: the client leaves this producer; answered by `ProducerEnded`.
+    CloseProducer = 21,
+    /// `control::ProducerEnded`: nothing more comes for this producer. The others go on.
+    ProducerEnded = 22,
     /// Delivery stream, first: `control::OpenConsumer`.
     OpenConsumer = 32,
     /// Its answer: `control::ConsumerOpened`.
@@ -226,7 +230,7 @@ pub const fn body_bytes_max(kind: FrameType) -> usize {
         | FrameType::Renew
         | FrameType::CloseSession
         | FrameType::SessionClosed => 0,
-        FrameType::ConsumerCredit | FrameType::Commit => 64,
+        FrameType::ConsumerCredit | FrameType::Commit | FrameType::CloseProducer => 64,
         FrameType::Hello | FrameType::OpenProducer | FrameType::OpenSettlements => 4096,
         FrameType::OpenConsumer => 16 << 10,
         FrameType::Response => RESPONSE_BYTES_MAX,

@@ -1,17 +1,19 @@
 //! The hot frames: publishes, their acknowledgements, deliveries, acks, credit. Fixed layouts.
 //!
 //! ```text
-//! Publish        0 u64 previous | 8 u32 count | 12 u32 zero | 16 messages
-//! PublishAck     0 u64 max_messages | 8 u64 max_bytes | 16 u16 pressure | 18 u16 zero
-//!                20 u32 retry_after_ms | 24 rows of 24: u64 last_sequence, u64 offset, u32 count, u32 kind
+//! Publish        0 u64 previous | 8 u32 count | 12 u32 handle | 16 messages
+//! PublishAck     0 u64 max_messages | 8 u64 max_bytes | 16 u32 handle | 20 u16 pressure | 22 u16 zero
+//!                24 u32 retry_after_ms | 28 u32 zero
+//!                32 rows of 24: u64 last_sequence, u64 offset, u32 count, u32 kind
 //! ConsumerCredit 0 u64 max_messages | 8 u64 max_bytes | 16 u64 begun
 //! Deliver        0 u32 count | 4 u32 zero | 8 metas of 40 | extra header blocks | messages
 //! Acks           0 u32 count | 4 u32 zero | 8 rows of 16: u64 offset, u32 delivery, u32 run
 //! Commit         0 u64 next offset
 //! ```
 //!
-//! Credit is cumulative since the stream was opened: messages and bytes that may have been sent in
-//! all, so that a repeated or late grant does no harm. Answers come in the order of the questions.
+//! Credit is cumulative since the producer or the delivery stream was opened: messages and bytes that
+//! may have been sent in all, so that a repeated or late grant does no harm. Answers come in the order
+//! of the questions; on a publish stream that holds for each producer by itself.
 
 use bytes::{BufMut, Bytes, BytesMut};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
@@ -19,7 +21,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::error::ErrorCode;
 use crate::frame::{FrameError, FrameType, HEADER_BYTES, header};
-use crate::ids::{Delivery, Offset, Sequence, Stamp};
+use crate::ids::{Delivery, Offset, ProducerHandle, Sequence, Stamp};
 use crate::limits::{
     BATCH_MESSAGES_MAX, DELIVER_MESSAGES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX,
 };
@@ -27,6 +29,7 @@ use crate::limits::{
 /// A batch of messages whose sequences rise, and the sequence accepted before them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Publish {
+    pub handle: ProducerHandle,
     /// The last sequence sent before this batch; 0 if none ever was.
     pub previous: Sequence,
     pub count: u32,
@@ -34,12 +37,14 @@ pub struct Publish {
     pub messages: Bytes,
 }
 
-const PUBLISH_FIXED: usize = 16;
+/// Bytes of a publish frame before its messages, without the frame header.
+pub const PUBLISH_FIXED: usize = 16;
 
 impl Publish {
     /// The fixed part with its frame header, to be followed by `messages_bytes` of messages.
     #[must_use]
     pub fn prefix(
+        handle: ProducerHandle,
         previous: Sequence,
         count: u32,
         messages_bytes: usize,
@@ -48,7 +53,14 @@ impl Publish {
         out[..8].copy_from_slice(&header(FrameType::Publish, PUBLISH_FIXED + messages_bytes));
         out[8..16].copy_from_slice(&previous.0.to_le_bytes());
         out[16..20].copy_from_slice(&count.to_le_bytes());
+        out[20..24].copy_from_slice(&handle.0.to_le_bytes());
         out
+    }
+
+    /// Whose publish this is, from the beginning of its body.
+    pub fn peek_handle(body: &[u8]) -> Result<ProducerHandle, FrameError> {
+        let (fixed, _) = prefix_of::<PublishFixed>(body)?;
+        Ok(ProducerHandle(fixed.handle.get()))
     }
 
     /// Reads the fixed part; the messages are checked by whoever walks them.
@@ -59,6 +71,7 @@ impl Publish {
             return Err(FrameError::Body("a publish has 1 to 4,096 messages"));
         }
         Ok(Self {
+            handle: ProducerHandle(fixed.handle.get()),
             previous: Sequence(fixed.previous.get()),
             count,
             messages: body.slice(PUBLISH_FIXED..),
@@ -71,10 +84,10 @@ impl Publish {
 struct PublishFixed {
     previous: U64,
     count: U32,
-    zero: U32,
+    handle: U32,
 }
 
-/// What became of the next `count` messages of a producer's stream.
+/// What became of the next `count` messages of a producer.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub struct AckRow {
     /// The sequence of the last of them.
@@ -98,6 +111,7 @@ pub enum AckKind {
 /// Acknowledgements and credit for a producer. Zero rows: credit only.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct PublishAck {
+    pub handle: ProducerHandle,
     pub credit: Credit,
     /// Why credit is short, if it is.
     pub pressure: Option<ErrorCode>,
@@ -105,7 +119,7 @@ pub struct PublishAck {
     pub rows: Vec<AckRow>,
 }
 
-/// How much may have been sent since the stream was opened, in all.
+/// How much may have been sent since the producer or the delivery stream was opened, in all.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Credit {
     pub max_messages: u64,
@@ -115,12 +129,14 @@ pub struct Credit {
 impl PublishAck {
     /// Appends the whole frame to `out`.
     pub fn encode(&self, out: &mut BytesMut) {
-        out.put_slice(&header(FrameType::PublishAck, 24 + 24 * self.rows.len()));
+        out.put_slice(&header(FrameType::PublishAck, 32 + 24 * self.rows.len()));
         out.put_u64_le(self.credit.max_messages);
         out.put_u64_le(self.credit.max_bytes);
+        out.put_u32_le(self.handle.0);
         out.put_u16_le(self.pressure.map_or(0, u16::from));
         out.put_u16_le(0);
         out.put_u32_le(self.retry_after_ms);
+        out.put_u32_le(0);
         for row in &self.rows {
             out.put_u64_le(row.last_sequence.0);
             out.put_u64_le(row.offset.0);
@@ -134,6 +150,7 @@ impl PublishAck {
         let rows = rows_of::<AckRowRaw>(rest)?;
         let pressure = fixed.pressure.get();
         Ok(Self {
+            handle: ProducerHandle(fixed.handle.get()),
             credit: Credit {
                 max_messages: fixed.max_messages.get(),
                 max_bytes: fixed.max_bytes.get(),
@@ -150,9 +167,11 @@ impl PublishAck {
 struct AckFixed {
     max_messages: U64,
     max_bytes: U64,
+    handle: U32,
     pressure: U16,
     zero: U16,
     retry_after_ms: U32,
+    reserved: U32,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -421,6 +440,7 @@ mod tests {
     #[test]
     fn an_ack_frame_is_read_back() {
         let ack = PublishAck {
+            handle: ProducerHandle(7),
             credit: Credit {
                 max_messages: 5,
                 max_bytes: 6,
@@ -437,6 +457,50 @@ mod tests {
         let mut out = BytesMut::new();
         ack.encode(&mut out);
         assert_eq!(PublishAck::decode(&out[HEADER_BYTES..]), Ok(ack));
+    }
+
+    #[test]
+    fn a_publish_and_its_ack_have_these_bytes() {
+        let prefix = Publish::prefix(ProducerHandle(0x0a), Sequence(3), 2, 4);
+        #[rustfmt::skip]
+        let golden = [
+            20, 0, 0, 0, 18, 0, 0, 0,
+            3, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0x0a, 0, 0, 0,
+        ];
+        assert_eq!(prefix, golden);
+        let body = [&prefix[HEADER_BYTES..], b"mess"].concat();
+        assert_eq!(Publish::peek_handle(&body), Ok(ProducerHandle(0x0a)));
+        assert!(Publish::peek_handle(&body[..PUBLISH_FIXED - 1]).is_err());
+        let publish = Publish::decode(&Bytes::from(body)).unwrap();
+        assert_eq!(publish.handle, ProducerHandle(0x0a));
+        assert_eq!((publish.previous, publish.count), (Sequence(3), 2));
+        assert_eq!(&publish.messages[..], b"mess");
+
+        let ack = PublishAck {
+            handle: ProducerHandle(0x0a),
+            credit: Credit {
+                max_messages: 1,
+                max_bytes: 2,
+            },
+            pressure: Some(ErrorCode::Memory),
+            retry_after_ms: 4,
+            rows: vec![AckRow {
+                last_sequence: Sequence(5),
+                offset: Offset(6),
+                count: 7,
+                kind: AckKind::DuplicateUnknown,
+            }],
+        };
+        let mut out = BytesMut::new();
+        ack.encode(&mut out);
+        #[rustfmt::skip]
+        let golden = [
+            56, 0, 0, 0, 19, 0, 0, 0,
+            1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0,
+            0x0a, 0, 0, 0, 11, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0, 0,
+            5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 2, 0, 0, 0,
+        ];
+        assert_eq!(&out[..], golden);
     }
 
     #[test]

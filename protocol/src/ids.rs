@@ -54,6 +54,11 @@ number! {
     ProducerKey(u64)
 }
 number! {
+    /// One producer's place on a publish stream, chosen by the client. They rise from 1 in the order
+    /// of opening, and none is used twice on a stream.
+    ProducerHandle(u32)
+}
+number! {
     /// One consumer's stay. The upper 32 bits are the recovery epoch, so it is never reused.
     SessionId(u64)
 }

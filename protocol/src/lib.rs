@@ -16,8 +16,8 @@ pub mod policy;
 
 pub use error::{ErrorClass, ErrorCode, WireError};
 pub use ids::{
-    Delivery, Epoch, LogIndex, Offset, ProducerKey, Sequence, SessionId, Stamp, SubscriptionId,
-    TopicId,
+    Delivery, Epoch, LogIndex, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, Stamp,
+    SubscriptionId, TopicId,
 };
 pub use message::{Message, MessageBuilder, MessageError, MessageView};
 pub use policy::{

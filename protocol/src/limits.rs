@@ -18,6 +18,9 @@ pub const CONTROL_BYTES_MAX: usize = 4 << 20;
 /// Longest body of an answer, in bytes: one message of the largest size must fit on a page, with what
 /// is told about it.
 pub const RESPONSE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (64 << 10);
+/// Producers that are open on one publish stream at a time; a client opens another stream for more.
+/// Each costs the broker about 400 bytes.
+pub const STREAM_PRODUCERS_MAX: usize = 4096;
 /// Most messages in one publish frame.
 pub const BATCH_MESSAGES_MAX: u32 = 4096;
 /// Bytes of messages after which a client closes a publish batch (one larger message goes alone).

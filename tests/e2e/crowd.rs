@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use millpond_client::{Client, ErrorCode, Message, Subscription};
-use millpond_protocol::frame::FrameType;
+use millpond_protocol::frame::{FrameType, HEADER_BYTES};
 use millpond_protocol::hot::{ConsumerCredit, Credit};
 use millpond_protocol::limits::FRAME_BYTES_MAX;
 use tokio::time::timeout;
@@ -12,7 +12,7 @@ use crate::common::{
     PATIENCE, broker, broker_with, next, producer, quick_retries, subscribe, text,
 };
 use crate::hostile::still_serves;
-use crate::raw::{Peer, Wire, head};
+use crate::raw::{Peer, Wire, head, publish as publish_frame};
 
 /// Longest that a publish and its delivery may take while others misbehave: a busy machine's worth.
 const BOUNDED: Duration = Duration::from_secs(3);
@@ -81,7 +81,9 @@ async fn frames_that_are_announced_and_never_sent_keep_their_memory_only_while_n
         let mut raw = peer.welcomed(&broker).await;
         let (mut wire, _) = raw.producer().await;
         let head = head(FrameType::Publish as u8, FRAME_BYTES_MAX as u32, 0);
-        wire.bytes(&head).await;
+        // With so much of it that the broker knows whose it is.
+        let fixed = &publish_frame(0, 1, &[])[HEADER_BYTES..];
+        wire.bytes(&[&head, fixed].concat()).await;
         raw.ping().await;
         wires.push(wire);
         raws.push(raw);

@@ -5,15 +5,23 @@ use std::time::Duration;
 use bytes::Bytes;
 use millpond_client::{Client, Error, ErrorCode, Message, StartAt};
 use millpond_protocol::WireError;
-use millpond_protocol::control::{OpenSettlements, SettleRefused, Settled};
+use millpond_protocol::control::{
+    CloseProducer, Leaving, OpenProducer, OpenSettlements, ProducerEnded, ProducerOpened,
+    ProducerResume, SettleRefused, Settled,
+};
 use millpond_protocol::frame::{FrameType, body_bytes_max};
-use millpond_protocol::hot::{AckRun, ConsumerCredit, Credit, decode_deliver, encode_acks};
-use millpond_protocol::ids::{Delivery, Offset, SessionId};
+use millpond_protocol::hot::{
+    AckKind, AckRun, ConsumerCredit, Credit, PublishAck, decode_deliver, encode_acks,
+};
+use millpond_protocol::ids::{Delivery, Offset, ProducerHandle, Sequence, SessionId};
+use millpond_protocol::limits::{PRODUCER_ID_BYTES_MAX, STREAM_PRODUCERS_MAX};
 use quinn::ConnectionError;
 use tokio::time::timeout;
 
 use crate::common::{PATIENCE, broker, broker_with, builder, next, publish, quick_retries, text};
-use crate::raw::{Peer, Raw, Wire, head, hello, publish as publish_frame, whole};
+use crate::raw::{
+    FIRST, Peer, Raw, Wire, head, hello, open_producer, publish as publish_frame, publish_of, whole,
+};
 
 /// Asserts that others are served as if nothing had happened.
 pub async fn still_serves(client: &Client) {
@@ -175,6 +183,11 @@ async fn garbage_on_an_open_stream_ends_it() {
         let (mut wire, _) = raw.producer().await;
         wire.bytes(&whole(F::Publish, body)).await;
         is(&wire.refusal().await, ErrorCode::Malformed, F::Publish);
+        for kind in [F::OpenProducer, F::CloseProducer] {
+            let (mut wire, _) = raw.producer().await;
+            wire.bytes(&whole(kind, body)).await;
+            is(&wire.refusal().await, ErrorCode::Malformed, kind);
+        }
         for kind in [F::Acks, F::Settle, F::Commit] {
             let (_deliveries, opened) = raw.consumer("c").await;
             let mut wire = raw.settlements(&opened).await;
@@ -221,8 +234,6 @@ async fn messages_that_lie_are_refused_and_nothing_of_them_is_appended() {
     left_over[16] = 1;
     let mut missing = publish_frame(0, 1, &[good()]).to_vec();
     missing[16] = 2;
-    let mut none = publish_frame(0, 1, &[]).to_vec();
-    none[16] = 0;
     for (what, frame, code) in [
         (
             "a reserved header",
@@ -232,7 +243,6 @@ async fn messages_that_lie_are_refused_and_nothing_of_them_is_appended() {
         ("a flipped bit", flipped, ErrorCode::Malformed),
         ("a message too many", left_over, ErrorCode::Malformed),
         ("a message too few", missing, ErrorCode::Malformed),
-        ("no message", none, ErrorCode::Malformed),
         (
             "a sequence that falls",
             publish_frame(5, 5, &[good()]).to_vec(),
@@ -241,10 +251,20 @@ async fn messages_that_lie_are_refused_and_nothing_of_them_is_appended() {
     ] {
         let (mut wire, _) = raw.producer().await;
         wire.bytes(&frame).await;
-        let error = wire.refusal().await;
-        assert_eq!(error.code, code, "{what}: {error}");
+        let ended: ProducerEnded = wire.expect(FrameType::ProducerEnded).await;
+        let error = ended.error.unwrap();
+        assert_eq!((ended.handle, error.code), (FIRST, code), "{what}: {error}");
+        // The stream is as good as before for another one.
+        wire.open_producer(ProducerHandle(2)).await;
     }
     assert_eq!(client.topic("orders").await.unwrap().next, Offset(0));
+    let (mut wire, _) = raw.producer().await;
+    wire.bytes(&publish_frame(0, 1, &[])).await;
+    is(
+        &wire.refusal().await,
+        ErrorCode::Malformed,
+        FrameType::Publish,
+    );
     raw.ping().await;
     still_serves(&client).await;
     broker.shutdown().await.unwrap();
@@ -331,19 +351,211 @@ async fn another_protocol_and_another_ca_end_in_the_handshake() {
 }
 
 #[tokio::test]
-async fn a_producer_that_overruns_its_credit_loses_its_stream() {
+async fn a_producer_that_overruns_its_credit_ends_alone() {
     let (broker, client) = broker().await;
     let mut raw = Peer::new(&broker).welcomed(&broker).await;
     let (mut wire, _) = raw.producer().await;
+    let second = ProducerHandle(2);
+    wire.open_producer(second).await;
     const BATCH: u64 = 4_096;
     let messages = vec![Message::new(""); BATCH as usize];
     // However fast the broker commits, it is told faster.
     let batches = (0..).map(|n| publish_frame(n * BATCH, n * BATCH + 1, &messages));
-    let error = wire.flood(batches).await;
+    let ended = wire.flood(batches).await;
+    assert_eq!(ended.handle, FIRST);
+    let error = ended.error.unwrap();
     is(&error, ErrorCode::CreditOverrun, FrameType::Publish);
+    drop(wire);
+    let (mut wire, _) = raw.producer().await;
+    wire.open_producer(second).await;
+    wire.bytes(&publish_of(second, 0, 1, &[Message::new("m")]))
+        .await;
+    assert_eq!(acked(&mut wire).await, (second, 1));
     raw.ping().await;
     still_serves(&client).await;
     broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_ends_one_producer_of_a_stream_is_nothing_to_the_others() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (mut wire, _) = raw.producer().await;
+    let [second, third] = [2, 3].map(ProducerHandle);
+    wire.open_producer(second).await;
+    let good = || [Message::new("m")];
+    let mut flipped = publish_frame(0, 1, &good()).to_vec();
+    *flipped.last_mut().unwrap() ^= 1;
+    wire.bytes(&flipped).await;
+    // What it sends before it knows is passed over, however much it is.
+    let large = [Message::new(vec![7; 1 << 20])];
+    wire.bytes(&publish_frame(0, 1, &large)).await;
+    wire.bytes(&publish_of(second, 0, 1, &good())).await;
+    let ended: ProducerEnded = wire.expect(FrameType::ProducerEnded).await;
+    assert_eq!(ended.handle, FIRST);
+    assert_eq!(acked(&mut wire).await, (second, 1));
+
+    let unknown = OpenProducer {
+        topic: "nowhere".to_owned(),
+        ..open_producer(third)
+    };
+    wire.control(FrameType::OpenProducer, &unknown).await;
+    ended_with(&mut wire, third, ErrorCode::UnknownTopic).await;
+    for (handle, id) in [
+        (4, String::new()),
+        (5, "x".repeat(PRODUCER_ID_BYTES_MAX + 1)),
+    ] {
+        let handle = ProducerHandle(handle);
+        let named = OpenProducer {
+            producer_id: Some(id),
+            ..open_producer(handle)
+        };
+        wire.control(FrameType::OpenProducer, &named).await;
+        ended_with(&mut wire, handle, ErrorCode::InvalidName).await;
+    }
+    wire.bytes(&publish_of(second, 1, 2, &good())).await;
+    assert_eq!(acked(&mut wire).await, (second, 1));
+    assert_eq!(client.topic("orders").await.unwrap().next, Offset(2));
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_handle_that_was_never_given_out_or_is_used_again_ends_the_stream() {
+    use FrameType as F;
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let good = [Message::new("m")];
+    for handle in [0, 2, u32::MAX].map(ProducerHandle) {
+        let (mut wire, _) = raw.producer().await;
+        wire.bytes(&publish_of(handle, 0, 1, &good)).await;
+        is(&wire.refusal().await, ErrorCode::Malformed, F::Publish);
+        let (mut wire, _) = raw.producer().await;
+        let close = CloseProducer {
+            handle,
+            leaving: Leaving::ForGood,
+        };
+        wire.control(F::CloseProducer, &close).await;
+        is(
+            &wire.refusal().await,
+            ErrorCode::Malformed,
+            F::CloseProducer,
+        );
+    }
+    for handle in [0, 4, 5].map(ProducerHandle) {
+        let (mut wire, _) = raw.producer().await;
+        wire.open_producer(ProducerHandle(5)).await;
+        wire.ask_for_producer(handle).await;
+        is(&wire.refusal().await, ErrorCode::Malformed, F::OpenProducer);
+    }
+    let mut wire = raw.stream().await;
+    wire.ask_for_producer(ProducerHandle(0)).await;
+    is(&wire.refusal().await, ErrorCode::Malformed, F::OpenProducer);
+    // Also not after it has ended.
+    let (mut wire, _) = raw.producer().await;
+    leave(&mut wire, FIRST, Leaving::ForGood).await;
+    wire.ask_for_producer(FIRST).await;
+    is(&wire.refusal().await, ErrorCode::Malformed, F::OpenProducer);
+    assert_eq!(client.topic("orders").await.unwrap().next, Offset(0));
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_producer_that_left_is_passed_over_and_comes_back_unless_it_left_for_good() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let (mut wire, mut opened) = raw.producer().await;
+    let good = [Message::new("m")];
+    wire.bytes(&publish_frame(0, 1, &good)).await;
+    assert_eq!(acked(&mut wire).await, (FIRST, 1));
+    leave(&mut wire, FIRST, Leaving::ForNow).await;
+    wire.bytes(&publish_frame(1, 2, &good)).await;
+    // To leave twice is nothing new.
+    let close = CloseProducer {
+        handle: FIRST,
+        leaving: Leaving::ForGood,
+    };
+    wire.control(FrameType::CloseProducer, &close).await;
+    for (handle, last) in [(2, 1), (3, 1)].map(|(n, last)| (ProducerHandle(n), Sequence(last))) {
+        let resume = ProducerResume {
+            producer: opened.producer,
+            epoch: opened.epoch,
+            last_known: last,
+        };
+        let back = OpenProducer {
+            resume: Some(resume),
+            ..open_producer(handle)
+        };
+        wire.control(FrameType::OpenProducer, &back).await;
+        if handle == ProducerHandle(3) {
+            ended_with(&mut wire, handle, ErrorCode::ProducerStateExpired).await;
+            continue;
+        }
+        opened = wire.expect(FrameType::ProducerOpened).await;
+        assert_eq!((opened.handle, opened.last_sequence), (handle, last));
+        leave(&mut wire, handle, Leaving::ForGood).await;
+    }
+    assert_eq!(client.topic("orders").await.unwrap().next, Offset(1));
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_producer_too_many_on_a_stream_is_refused_alone() {
+    let (broker, client) = broker().await;
+    let mut raw = Peer::new(&broker).welcomed(&broker).await;
+    let mut wire = raw.stream().await;
+    let most = STREAM_PRODUCERS_MAX as u32;
+    for handle in 1..=most + 1 {
+        wire.ask_for_producer(ProducerHandle(handle)).await;
+    }
+    ended_with(&mut wire, ProducerHandle(most + 1), ErrorCode::LimitReached).await;
+    leave(&mut wire, FIRST, Leaving::ForGood).await;
+    let last = ProducerHandle(most + 2);
+    wire.ask_for_producer(last).await;
+    loop {
+        let opened: ProducerOpened = wire.expect(FrameType::ProducerOpened).await;
+        if opened.handle == last {
+            break;
+        }
+    }
+    wire.bytes(&publish_of(last, 0, 1, &[Message::new("m")]))
+        .await;
+    assert_eq!(acked(&mut wire).await, (last, 1));
+    raw.ping().await;
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+/// Leaves, and waits until the broker knows.
+async fn leave(wire: &mut Wire, handle: ProducerHandle, leaving: Leaving) {
+    let close = CloseProducer { handle, leaving };
+    wire.control(FrameType::CloseProducer, &close).await;
+    let ended: ProducerEnded = wire.expect(FrameType::ProducerEnded).await;
+    assert_eq!((ended.handle, ended.error), (handle, None));
+}
+
+async fn ended_with(wire: &mut Wire, handle: ProducerHandle, code: ErrorCode) {
+    let ended: ProducerEnded = wire.expect(FrameType::ProducerEnded).await;
+    let error = ended.error.expect("it is told why");
+    assert_eq!((ended.handle, error.code), (handle, code), "{error}");
+}
+
+/// Whose messages the next acknowledgement is of, and how many.
+async fn acked(wire: &mut Wire) -> (ProducerHandle, u32) {
+    loop {
+        let frame = wire.next_of(FrameType::PublishAck).await;
+        let ack = PublishAck::decode(&frame.body).unwrap();
+        assert!(ack.rows.iter().all(|row| row.kind == AckKind::Appended));
+        let count = ack.rows.iter().map(|row| row.count).sum();
+        if count > 0 {
+            return (ack.handle, count);
+        }
+    }
 }
 
 #[tokio::test]

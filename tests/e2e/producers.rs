@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use futures_util::stream::{self, StreamExt};
 use millpond_client::{
     Client, DeadReason, Error, ErrorCode, Message, MessageError, Offset, OnLimit, Producer,
     SendReceipt, Sequence, TopicPatch,
 };
-use millpond_protocol::limits::PAYLOAD_BYTES_MAX;
+use millpond_protocol::limits::{PAYLOAD_BYTES_MAX, STREAM_PRODUCERS_MAX};
 
 use crate::common::{
     broker, builder, connect, letters, next, producer, quick_retries, subscribe, text,
@@ -303,6 +304,26 @@ async fn a_reserved_header_and_an_unknown_topic_are_refused_with_their_codes() {
     );
     let names: Vec<_> = client.list_topics().await.unwrap();
     assert_eq!(names.len(), 1, "asking creates nothing");
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_producers_than_a_stream_holds_are_served_on_two() {
+    let (broker, client) = broker().await;
+    let opening = |_| async { client.producer("orders").open().await.unwrap() };
+    let producers: Vec<Producer> = stream::iter(0..=STREAM_PRODUCERS_MAX)
+        .map(opening)
+        .buffered(64)
+        .collect()
+        .await;
+    let mut offsets = Vec::new();
+    for producer in [&producers[0], &producers[STREAM_PRODUCERS_MAX]] {
+        let receipt = producer.send(Message::new("m")).await.unwrap();
+        offsets.push(receipt.offset);
+    }
+    assert_eq!(offsets, [0, 1].map(|offset| Some(Offset(offset))));
+    drop(producers);
+    client.close().await;
     broker.shutdown().await.unwrap();
 }
 

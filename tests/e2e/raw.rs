@@ -8,11 +8,11 @@ use bytes::{BufMut, Bytes, BytesMut};
 use millpond_broker::EmbeddedBroker;
 use millpond_protocol::control::{
     ConsumerOpened, CreateSubscription, Hello, OpenConsumer, OpenProducer, OpenSettlements,
-    ProducerOpened, Request, RequestFrame, Response, ResponseFrame, Welcome,
+    ProducerEnded, ProducerOpened, Request, RequestFrame, Response, ResponseFrame, Welcome,
 };
 use millpond_protocol::frame::{self, Frame, FrameType, HEADER_BYTES};
 use millpond_protocol::hot::Publish;
-use millpond_protocol::{ALPN, Message, Sequence, StartAt, WireError};
+use millpond_protocol::{ALPN, Message, ProducerHandle, Sequence, StartAt, WireError};
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{Connection, ConnectionError, Endpoint, RecvStream, SendStream, VarInt};
 use rustls_pki_types::CertificateDer;
@@ -21,6 +21,9 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use crate::common::{PATIENCE, quick_retries};
+
+/// The first producer of a stream.
+pub const FIRST: ProducerHandle = ProducerHandle(1);
 
 /// Dials brokers; one socket for all its connections.
 pub struct Peer {
@@ -138,16 +141,10 @@ impl Raw {
         Wire::open(&self.connection).await
     }
 
-    /// A producer's stream on `orders`.
+    /// A publish stream with a producer of `orders`.
     pub async fn producer(&self) -> (Wire, ProducerOpened) {
         let mut wire = self.stream().await;
-        let open = OpenProducer {
-            topic: "orders".to_owned(),
-            producer_id: None,
-            resume: None,
-        };
-        wire.control(FrameType::OpenProducer, &open).await;
-        let opened = wire.expect(FrameType::ProducerOpened).await;
+        let opened = wire.open_producer(FIRST).await;
         (wire, opened)
     }
 
@@ -220,6 +217,18 @@ impl Wire {
         self.bytes(&frame).await;
     }
 
+    pub async fn ask_for_producer(&mut self, handle: ProducerHandle) {
+        self.control(FrameType::OpenProducer, &open_producer(handle))
+            .await;
+    }
+
+    pub async fn open_producer(&mut self, handle: ProducerHandle) -> ProducerOpened {
+        self.ask_for_producer(handle).await;
+        let opened: ProducerOpened = self.expect(FrameType::ProducerOpened).await;
+        assert_eq!(opened.handle, handle);
+        opened
+    }
+
     pub fn finish(&mut self) {
         let _ = self.send.finish();
     }
@@ -231,8 +240,8 @@ impl Wire {
         frame.expect("the broker says something in time")
     }
 
-    /// Writes frame after frame, without waiting for any answer, until the broker ends the stream.
-    pub async fn flood(&mut self, frames: impl Iterator<Item = Bytes>) -> WireError {
+    /// Writes frame after frame, without waiting for any answer, until the broker ends the producer.
+    pub async fn flood(&mut self, frames: impl Iterator<Item = Bytes>) -> ProducerEnded {
         let flooding = async {
             for frame in frames {
                 if self.send.write_all(&frame).await.is_err() {
@@ -244,8 +253,9 @@ impl Wire {
         let refused = async {
             loop {
                 let frame = read(&mut self.recv, &mut self.buffer).await;
-                let frame = frame.expect("it is told why the stream ends");
-                if frame.kind == FrameType::Error {
+                let frame = frame.expect("it is told why the producer ends");
+                assert_ne!(frame.kind, FrameType::Error, "the stream goes on");
+                if frame.kind == FrameType::ProducerEnded {
                     return frame.decode().unwrap();
                 }
             }
@@ -317,14 +327,34 @@ pub fn whole(kind: FrameType, body: &[u8]) -> Vec<u8> {
     out
 }
 
-/// A publish frame of these messages, numbered from `first`.
+/// Asks for a producer of `orders` without an id.
+pub fn open_producer(handle: ProducerHandle) -> OpenProducer {
+    OpenProducer {
+        handle,
+        topic: "orders".to_owned(),
+        producer_id: None,
+        resume: None,
+    }
+}
+
+/// A publish frame of the stream's first producer: these messages, numbered from `first`.
 pub fn publish(previous: u64, first: u64, messages: &[Message]) -> Bytes {
+    publish_of(FIRST, previous, first, messages)
+}
+
+pub fn publish_of(
+    handle: ProducerHandle,
+    previous: u64,
+    first: u64,
+    messages: &[Message],
+) -> Bytes {
     let mut bodies = BytesMut::new();
     for (sequence, message) in (first..).zip(messages) {
         message.encode(Sequence(sequence), &mut bodies);
     }
     let mut out = BytesMut::new();
     out.put_slice(&Publish::prefix(
+        handle,
         Sequence(previous),
         messages.len() as u32,
         bodies.len(),

@@ -11,7 +11,7 @@ use millpond_queue::StartPosition;
 use crate::history::{Admin, Delivery, Event, Identity, Placed, Sent, Settling, SubNo, TopicNo};
 use crate::observe::{Bodies, SimShard};
 use crate::plan::Plan;
-use crate::wire::{Asked, ClientNo, ConnId, Down, Message, Slot, Up};
+use crate::wire::{Asked, ClientNo, ConnId, Down, HANDLE, Message, Slot, Up};
 use crate::world::World;
 
 /// What the history is told when the shard takes an input in.
@@ -72,6 +72,7 @@ impl World {
             } => {
                 let input = Input::Publish {
                     stream,
+                    handle: HANDLE,
                     topic,
                     producer,
                     epoch,

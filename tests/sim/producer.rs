@@ -12,7 +12,7 @@ use crate::client::Hands;
 use crate::history::{Event, Identity, Sent};
 use crate::plan::ProducerPlan;
 use crate::rng::digest;
-use crate::wire::{ConnId, Down, Up};
+use crate::wire::{ConnId, Down, HANDLE, Up};
 
 /// Most messages of one batch.
 const BATCH_MAX: u64 = 7;
@@ -149,7 +149,9 @@ impl Producer {
             Down::Answer(Output::PublishRefused { error, .. }) => {
                 self.refused(conn, error.code, hands)
             }
-            Down::Answer(Output::End(error)) => self.ended(error.code, hands),
+            Down::Answer(Output::ProducerEnded {
+                error: Some(error), ..
+            }) => self.ended(error.code, hands),
             _ => {}
         }
     }
@@ -173,6 +175,7 @@ impl Producer {
             }),
         };
         let open = OpenProducer {
+            handle: HANDLE,
             topic: hands.plan.topics[self.plan.topic].name.clone(),
             producer_id: self.plan.name.clone(),
             resume,

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use millpond_broker::shard::io::{Output, ResolvedRequest, StreamId};
 use millpond_protocol::control::{OpenConsumer, OpenProducer, SettleItem};
 use millpond_protocol::hot::{AckRun, ConsumerCredit};
-use millpond_protocol::{Epoch, Offset, ProducerKey, Sequence, SessionId, TopicId};
+use millpond_protocol::{Epoch, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, TopicId};
 
 use crate::history::{Identity, Sent, Settling, TopicNo};
 
@@ -20,6 +20,8 @@ pub struct ConnId(pub u64);
 pub type ClientNo = usize;
 pub type Slot = usize;
 
+/// Every producer's on its stream: it is alone there.
+pub const HANDLE: ProducerHandle = ProducerHandle(1);
 /// The streams of a connection.
 pub const SLOTS: usize = 2;
 

@@ -1,6 +1,6 @@
 //! Whole frames in and out of QUIC streams.
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
 use millpond_protocol::{ErrorCode, WireError};
 use quinn::{RecvStream, SendStream, VarInt};
@@ -35,7 +35,8 @@ impl From<quinn::WriteError> for StreamError {
     }
 }
 
-/// Reads whole frames. What has been read stays in the buffer, so every method is cancel-safe.
+/// Reads whole frames. What has been read stays in the buffer, so every method but `skip` is
+/// cancel-safe.
 pub struct FrameReader {
     stream: RecvStream,
     buffer: BytesMut,
@@ -63,6 +64,37 @@ impl FrameReader {
                 };
             }
         }
+    }
+
+    /// The beginning of the body of the frame whose header is there: so many bytes, if it has them.
+    pub async fn beginning(&mut self, bytes: usize) -> Result<&[u8], StreamError> {
+        let length = match self.header().await? {
+            Some((_, length)) => length.min(bytes),
+            None => return Ok(&[]),
+        };
+        while self.buffer.len() < HEADER_BYTES + length {
+            if !self.fill(READ_BYTES).await? {
+                return Err(cut());
+            }
+        }
+        Ok(&self.buffer[HEADER_BYTES..HEADER_BYTES + length])
+    }
+
+    /// Passes over the frame whose header is there, keeping nothing of it.
+    pub async fn skip(&mut self) -> Result<(), StreamError> {
+        let Some((_, length)) = self.header().await? else {
+            return Ok(());
+        };
+        let mut left = HEADER_BYTES + length;
+        while left > 0 {
+            if self.buffer.is_empty() && !self.fill(READ_BYTES).await? {
+                return Err(cut());
+            }
+            let here = left.min(self.buffer.len());
+            self.buffer.advance(here);
+            left -= here;
+        }
+        Ok(())
     }
 
     /// Type and body length of the next frame, which must be of one of these types: another is

@@ -13,6 +13,7 @@ mod deliver;
 mod frames;
 mod inbound;
 mod letters;
+mod members;
 mod producer;
 mod settlement;
 

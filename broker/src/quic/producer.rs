@@ -1,47 +1,48 @@
-//! A producer's stream: publishes in, acknowledgements and credit out.
+//! A publish stream: publishes of several producers in, acknowledgements and credit out.
 //!
 //! A publish is verified here, message by message, before the shard sees it. Memory for a frame is
 //! taken from the budget before it is read; while there is none the stream is not read, and QUIC's
-//! window slows the sender down.
+//! window slows the sender down. What is waited for is given back by the shard and never by this
+//! stream, so waiting ends.
+//!
+//! Producers share the stream and nothing else: each has its own credit, and what one of them does
+//! wrong ends that one (`ProducerEnded`). Only bytes that are no frame, a handle that was never given
+//! out, and a frame that does not arrive end the stream, because what follows cannot be told apart.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use millpond_protocol::control::{OpenProducer, ProducerOpened, PublishRefused};
-use millpond_protocol::frame::{Frame, FrameType};
-use millpond_protocol::hot::{AckRow, Credit, Publish, PublishAck};
-use millpond_protocol::limits::{MESSAGE_BYTES_MAX, PRODUCER_ID_BYTES_MAX};
+use millpond_protocol::control::{CloseProducer, OpenProducer, ProducerEnded, PublishRefused};
+use millpond_protocol::frame::{Frame, FrameError, FrameType, encode};
+use millpond_protocol::hot::{PUBLISH_FIXED, Publish};
 use millpond_protocol::message::{MessageError, MessageView};
-use millpond_protocol::{Epoch, ErrorCode, ProducerKey, Sequence, TopicId, WireError};
+use millpond_protocol::{ErrorCode, ProducerHandle, WireError};
 use millpond_wal::storage::Storage;
-use tokio::sync::mpsc;
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
-use super::{Context, Pressure, Registered, random_u64};
+use super::members::{Done, Members, Producer, Welcome};
+use super::{Context, Pressure, Registered, inbound, random_u64};
 use crate::memory::{Class, Permit, Share};
 use crate::shard::io::{Input, Output, StreamId};
 
-/// Messages that a producer may have unanswered when nothing presses.
-const WINDOW_MESSAGES: u64 = 16_384;
-/// Bytes that a producer may have unanswered when nothing presses. The memory budget, not this,
-/// guards memory; under pressure the window still holds one message of the largest size.
-const WINDOW_BYTES: u64 = 64 << 20;
-/// The windows under pressure.
-const PRESSED_MESSAGES: u64 = 256;
-const PRESSED_BYTES: u64 = 2 * MESSAGE_BYTES_MAX as u64;
-/// Answers of the shard that are put into one frame.
+/// What a client may send here.
+const KINDS: [FrameType; 3] = [
+    FrameType::Publish,
+    FrameType::OpenProducer,
+    FrameType::CloseProducer,
+];
+/// Answers of the shard that are put into one write.
 const COALESCE_MAX: usize = 1_024;
 /// How long a frame may take to arrive once its memory is taken, when others want it. The largest
 /// one comes in time at 8 MiB/s.
 const ARRIVAL: Duration = Duration::from_secs(2);
 
-const _: () = assert!(PRESSED_BYTES <= WINDOW_BYTES);
-
-/// Runs one producer's stream to its end.
+/// Runs one publish stream to its end.
 pub async fn run<S: Storage>(
     context: Arc<Context<S>>,
     peer: Peer,
@@ -55,13 +56,7 @@ pub async fn run<S: Storage>(
     let id = registered.id;
     let result = session(&context, &peer, &mut writer, reader, first, registered).await;
     context.unregister(id).await;
-    writer.conclude(result, "producer").await;
-}
-
-struct Handle {
-    topic: TopicId,
-    producer: ProducerKey,
-    epoch: Epoch,
+    writer.conclude(result, "publish").await;
 }
 
 async fn session<S: Storage>(
@@ -70,71 +65,24 @@ async fn session<S: Storage>(
     writer: &mut FrameWriter,
     reader: FrameReader,
     first: Frame,
-    mut registered: Registered,
+    registered: Registered,
 ) -> Result<(), StreamError> {
-    let open: OpenProducer = first.decode()?;
-    if open
-        .producer_id
-        .as_ref()
-        .is_some_and(|id| id.is_empty() || id.len() > PRODUCER_ID_BYTES_MAX)
-    {
-        let text = format!("a producer id has 1 to {PRODUCER_ID_BYTES_MAX} bytes");
-        return Err(WireError::new(ErrorCode::InvalidName, text).into());
-    }
-    context
-        .shard
-        .input(Input::OpenProducer {
-            stream: registered.id,
-            open,
-            owner: random_u64(),
-        })
-        .await?;
-    let (handle, anonymous, opened) = match registered.outputs.recv().await {
-        Some(Output::ProducerOpened {
-            topic,
-            producer,
-            epoch,
-            last_sequence,
-            anonymous,
-        }) => {
-            let credit = Answered::default().credit(*context.pressure.borrow());
-            let opened = ProducerOpened {
-                topic,
-                producer,
-                epoch,
-                last_sequence,
-                credit,
-            };
-            (
-                Handle {
-                    topic,
-                    producer,
-                    epoch,
-                },
-                anonymous,
-                opened,
-            )
-        }
-        Some(Output::End(error)) => return Err(error.into()),
-        _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
+    let Registered {
+        id,
+        mut outputs,
+        own,
+    } = registered;
+    let session = Session {
+        context,
+        peer,
+        id,
+        own: own.clone(),
+        members: Mutex::default(),
+        opened: Notify::new(),
     };
-    writer
-        .write_control(FrameType::ProducerOpened, &opened)
-        .await?;
-    let granted = Granted::new(opened.credit);
-    let reading = read(context, peer, reader, &handle, registered.id, &granted);
-    let own = registered.own.clone();
-    let mut outputs = registered.outputs;
-    let writing = write(context, writer, &mut outputs, &granted);
-    let result = both(reading, own, writing).await;
-    if anonymous && result.is_ok() {
-        let input = Input::CloseProducer {
-            producer: handle.producer,
-            epoch: handle.epoch,
-        };
-        context.shard.input(input).await?;
-    }
-    result
+    let reading = session.read(reader, first);
+    let writing = session.write(writer, &mut outputs);
+    both(reading, own, writing).await
 }
 
 /// Runs both directions. What ends reading is told by the writing side, behind what it already has.
@@ -160,72 +108,303 @@ pub(super) async fn both(
     }
 }
 
-/// What may have been received, in all, since the stream was opened.
-struct Granted {
-    messages: AtomicU64,
-    bytes: AtomicU64,
+/// What reading and writing share.
+struct Session<'a, S: Storage> {
+    context: &'a Context<S>,
+    peer: &'a Peer,
+    id: StreamId,
+    own: mpsc::UnboundedSender<Output>,
+    members: Mutex<Members>,
+    /// The shard has answered an opening.
+    opened: Notify,
 }
 
-impl Granted {
-    fn new(credit: Credit) -> Self {
-        Self {
-            messages: AtomicU64::new(credit.max_messages),
-            bytes: AtomicU64::new(credit.max_bytes),
+impl<S: Storage> Session<'_, S> {
+    async fn read(&self, mut reader: FrameReader, first: Frame) -> Result<(), StreamError> {
+        self.open(&first).await?;
+        while let Some((kind, length)) = reader.header_of(&KINDS).await? {
+            if kind == FrameType::Publish {
+                self.publish(&mut reader, length).await?;
+                continue;
+            }
+            let share = &self.peer.share;
+            let taken = inbound::take(self.context, &mut reader, share, &KINDS).await?;
+            let Some((frame, _permit)) = taken else {
+                break;
+            };
+            match kind {
+                FrameType::OpenProducer => self.open(&frame).await?,
+                _ => self.close(&frame).await?,
+            }
+        }
+        let left = self.members.lock().leave_all();
+        for done in left {
+            self.let_go(Some(done)).await?;
+        }
+        // Those that are being opened are let go by the writing side.
+        loop {
+            let opened = self.opened.notified();
+            if !self.members.lock().is_opening() {
+                return Ok(());
+            }
+            opened.await;
         }
     }
 
-    fn raise(&self, credit: Credit) {
-        self.messages
-            .fetch_max(credit.max_messages, Ordering::Relaxed);
-        self.bytes.fetch_max(credit.max_bytes, Ordering::Relaxed);
+    async fn open(&self, frame: &Frame) -> Result<(), StreamError> {
+        let open: OpenProducer = frame.decode()?;
+        let begun = self.members.lock().begin(&open)?;
+        if let Err(error) = begun {
+            self.tell_end(open.handle, Some(error));
+            return Ok(());
+        }
+        let input = Input::OpenProducer {
+            stream: self.id,
+            open,
+            owner: random_u64(),
+        };
+        Ok(self.context.shard.input(input).await?)
     }
 
-    fn covers(&self, messages: u64, bytes: u64) -> bool {
-        messages <= self.messages.load(Ordering::Relaxed)
-            && bytes <= self.bytes.load(Ordering::Relaxed)
+    async fn close(&self, frame: &Frame) -> Result<(), StreamError> {
+        let CloseProducer { handle, leaving } = frame.decode()?;
+        let left = self.members.lock().leave(handle, leaving)?;
+        if let Some(done) = left {
+            self.tell_end(handle, None);
+            self.let_go(done).await?;
+        }
+        Ok(())
     }
-}
 
-async fn read<S: Storage>(
-    context: &Context<S>,
-    peer: &Peer,
-    mut reader: FrameReader,
-    handle: &Handle,
-    stream: StreamId,
-    granted: &Granted,
-) -> Result<(), StreamError> {
-    let share = context.memory.topic(&peer.share, handle.topic);
-    let (mut messages, mut bytes) = (0, 0);
-    while let Some((_, length)) = reader.header_of(&[FrameType::Publish]).await? {
-        let permit = room(context, length as u64, &share).await?;
-        let Some(frame) = arrive(context, &mut reader, &share).await? else {
-            break;
+    /// The publish whose header is there.
+    async fn publish(&self, reader: &mut FrameReader, length: usize) -> Result<(), StreamError> {
+        let handle = Publish::peek_handle(reader.beginning(PUBLISH_FIXED).await?)?;
+        let sender = self.members.lock().sender(handle)?;
+        let taken = match sender {
+            None => return reader.skip().await,
+            Some(Ok(producer)) => {
+                let share = &producer.share;
+                let permit = room(self.context, length as u64, share).await;
+                permit.map(|permit| (producer, permit))
+            }
+            Some(Err(error)) => Err(error),
+        };
+        let (producer, permit) = match taken {
+            Ok(taken) => taken,
+            Err(error) => {
+                self.end(handle, error);
+                return reader.skip().await;
+            }
+        };
+        let Some(frame) = arrive(self.context, reader, &producer.share).await? else {
+            return Ok(());
         };
         let publish = Publish::decode(&frame.body)?;
-        messages += u64::from(publish.count);
-        bytes += publish.messages.len() as u64;
-        if !granted.covers(messages, bytes) {
-            let text =
-                "more was sent than the broker gave credit for; use a client that honours credit";
-            return Err(WireError::new(ErrorCode::CreditOverrun, text).into());
+        match self.check(&publish) {
+            Ok(()) => self.pass_on(producer, publish, permit).await,
+            Err(error) => {
+                self.end(handle, error);
+                Ok(())
+            }
         }
-        verify(&publish)?;
-        context
-            .metrics
-            .received(u64::from(publish.count), publish.messages.len() as u64);
+    }
+
+    fn check(&self, publish: &Publish) -> Result<(), WireError> {
+        let (messages, bytes) = (u64::from(publish.count), publish.messages.len() as u64);
+        let mut members = self.members.lock();
+        members.receive(publish.handle, messages, bytes)?;
+        drop(members);
+        verify(publish)?;
+        self.context.metrics.received(messages, bytes);
+        Ok(())
+    }
+
+    async fn pass_on(
+        &self,
+        producer: Arc<Producer>,
+        publish: Publish,
+        permit: Permit,
+    ) -> Result<(), StreamError> {
         let input = Input::Publish {
-            stream,
-            topic: handle.topic,
-            producer: handle.producer,
-            epoch: handle.epoch,
+            stream: self.id,
+            handle: publish.handle,
+            topic: producer.topic,
+            producer: producer.producer,
+            epoch: producer.epoch,
             previous: publish.previous,
             count: publish.count,
             messages: publish.messages,
             keep: Some(permit),
         };
-        context.shard.input(input).await?;
+        Ok(self.context.shard.input(input).await?)
     }
-    Ok(())
+
+    /// Ends one producer; its client is told behind what is answered already.
+    fn end(&self, handle: ProducerHandle, error: WireError) {
+        let told = self.members.lock().end(handle, error);
+        if told.is_some() {
+            self.tell_end(handle, told);
+        }
+    }
+
+    fn tell_end(&self, handle: ProducerHandle, error: Option<WireError>) {
+        // The writing side is there as long as the reading side.
+        let _ = self.own.send(Output::ProducerEnded { handle, error });
+    }
+
+    async fn let_go(&self, done: Option<Done>) -> Result<(), StreamError> {
+        if let Some(Done { producer, epoch }) = done {
+            let input = Input::CloseProducer { producer, epoch };
+            self.context.shard.input(input).await?;
+        }
+        Ok(())
+    }
+
+    async fn write(
+        &self,
+        writer: &mut FrameWriter,
+        outputs: &mut mpsc::UnboundedReceiver<Output>,
+    ) -> Result<(), StreamError> {
+        let mut pressure = self.context.pressure.clone();
+        let mut round = Round::default();
+        loop {
+            let first = tokio::select! {
+                output = outputs.recv() => output,
+                // Credit that grows again must be told although nothing is answered.
+                Ok(()) = pressure.changed() => None,
+            };
+            round.pressure = *self.context.pressure.borrow();
+            if first.is_none() {
+                round.touched.extend(self.members.lock().handles());
+            }
+            let mut next = first;
+            let mut end = None;
+            for _ in 0..COALESCE_MAX {
+                match next {
+                    Some(Output::End(error)) => end = Some(error),
+                    Some(output) => self.take(output, &mut round).await?,
+                    None => break,
+                }
+                if end.is_some() {
+                    break;
+                }
+                next = outputs.try_recv().ok();
+            }
+            round.put_acks(&mut self.members.lock());
+            if !round.frames.is_empty() {
+                writer.write(round.frames.split().freeze()).await?;
+            }
+            if let Some(error) = end {
+                return Err(error.into());
+            }
+        }
+    }
+
+    async fn take(&self, output: Output, round: &mut Round) -> Result<(), StreamError> {
+        match output {
+            Output::Published {
+                handle,
+                rows,
+                messages,
+                bytes,
+            } => {
+                let mut members = self.members.lock();
+                if members.answered(handle, messages, bytes, rows) {
+                    round.touched.push(handle);
+                }
+            }
+            Output::PublishRefused {
+                handle,
+                previous,
+                count,
+                bytes,
+                last_accepted,
+                error,
+            } => {
+                self.context.metrics.refused(error.code);
+                let refused = PublishRefused {
+                    handle,
+                    previous,
+                    count,
+                    last_accepted,
+                    error,
+                };
+                let mut members = self.members.lock();
+                if members.answered(handle, u64::from(count), bytes, Vec::new()) {
+                    // What was accepted before it is told before it.
+                    members.put_ack(handle, round.pressure, &mut round.frames);
+                    round.put(FrameType::PublishRefused, &refused)?;
+                }
+            }
+            Output::ProducerOpened {
+                handle,
+                topic,
+                producer,
+                epoch,
+                last_sequence,
+                ..
+            } => {
+                let of = Producer {
+                    topic,
+                    producer,
+                    epoch,
+                    share: self.context.memory.topic(&self.peer.share, topic),
+                };
+                let welcome = self
+                    .members
+                    .lock()
+                    .opened(handle, of, last_sequence, round.pressure);
+                match welcome {
+                    Some(Welcome::Open(opened)) => {
+                        round.put(FrameType::ProducerOpened, &opened)?;
+                    }
+                    Some(Welcome::Left(done, error)) => {
+                        self.let_go(done).await?;
+                        let ended = ProducerEnded { handle, error };
+                        round.put(FrameType::ProducerEnded, &ended)?;
+                    }
+                    None => {}
+                }
+                self.opened.notify_one();
+            }
+            Output::ProducerEnded { handle, error } => {
+                let mut members = self.members.lock();
+                members.put_ack(handle, round.pressure, &mut round.frames);
+                members.forget(handle);
+                drop(members);
+                round.put(FrameType::ProducerEnded, &ProducerEnded { handle, error })?;
+                self.opened.notify_one();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// What one write tells.
+#[derive(Default)]
+struct Round {
+    pressure: Pressure,
+    /// Who has something to be told by an acknowledgement; perhaps more than once.
+    touched: Vec<ProducerHandle>,
+    frames: BytesMut,
+}
+
+impl Round {
+    fn put<T: serde::Serialize>(&mut self, kind: FrameType, value: &T) -> Result<(), FrameError> {
+        let frame: Bytes = encode(kind, value)?;
+        self.frames.extend_from_slice(&frame);
+        Ok(())
+    }
+
+    /// One acknowledgement for each who has something to be told.
+    fn put_acks(&mut self, members: &mut Members) {
+        self.touched.sort_unstable();
+        self.touched.dedup();
+        for handle in self.touched.drain(..) {
+            members.put_ack(handle, self.pressure, &mut self.frames);
+        }
+    }
 }
 
 /// Memory for a frame, waited for if need be.
@@ -303,140 +482,10 @@ fn refused(error: MessageError) -> WireError {
     WireError::new(code, error.to_string())
 }
 
-/// What has been answered since the stream was opened.
-#[derive(Default)]
-struct Answered {
-    messages: u64,
-    bytes: u64,
-}
-
-impl Answered {
-    fn credit(&self, pressure: Pressure) -> Credit {
-        let (messages, bytes) = match pressure.reason {
-            None => (WINDOW_MESSAGES, WINDOW_BYTES),
-            Some(_) => (PRESSED_MESSAGES, PRESSED_BYTES),
-        };
-        Credit {
-            max_messages: self.messages + messages,
-            max_bytes: self.bytes + bytes,
-        }
-    }
-}
-
-async fn write<S: Storage>(
-    context: &Context<S>,
-    writer: &mut FrameWriter,
-    outputs: &mut mpsc::UnboundedReceiver<Output>,
-    granted: &Granted,
-) -> Result<(), StreamError> {
-    let mut pressure = context.pressure.clone();
-    let mut answered = Answered::default();
-    let mut rows: Vec<AckRow> = Vec::new();
-    let mut frames = BytesMut::new();
-    loop {
-        let first = tokio::select! {
-            output = outputs.recv() => output,
-            // Credit that grows again must be told although nothing is answered.
-            Ok(()) = pressure.changed() => None,
-        };
-        let mut next = first;
-        for _ in 0..COALESCE_MAX {
-            match next {
-                Some(Output::Published {
-                    rows: more,
-                    messages,
-                    bytes,
-                }) => {
-                    answered.messages += messages;
-                    answered.bytes += bytes;
-                    merge(&mut rows, more);
-                }
-                Some(Output::PublishRefused {
-                    previous,
-                    count,
-                    bytes,
-                    last_accepted,
-                    error,
-                }) => {
-                    context.metrics.refused(error.code);
-                    answered.messages += u64::from(count);
-                    answered.bytes += bytes;
-                    put_acks(context, &mut rows, &answered, granted, &mut frames);
-                    put_refused(previous, count, last_accepted, error, &mut frames)?;
-                }
-                Some(Output::End(error)) => {
-                    put_acks(context, &mut rows, &answered, granted, &mut frames);
-                    writer.write(frames.split().freeze()).await?;
-                    return Err(error.into());
-                }
-                Some(_) | None => break,
-            }
-            next = outputs.try_recv().ok();
-        }
-        put_acks(context, &mut rows, &answered, granted, &mut frames);
-        writer.write(frames.split().freeze()).await?;
-    }
-}
-
-/// Joins rows that continue one another: a batch of messages that one commit took.
-fn merge(rows: &mut Vec<AckRow>, more: Vec<AckRow>) {
-    for row in more {
-        match rows.last_mut() {
-            Some(last) if last.kind == row.kind && continues(last, &row) => {
-                last.count += row.count;
-                last.last_sequence = row.last_sequence;
-            }
-            _ => rows.push(row),
-        }
-    }
-}
-
-fn continues(last: &AckRow, row: &AckRow) -> bool {
-    let unknown = row.kind == millpond_protocol::hot::AckKind::DuplicateUnknown;
-    unknown || last.offset.0 + u64::from(last.count) == row.offset.0
-}
-
-fn put_acks<S: Storage>(
-    context: &Context<S>,
-    rows: &mut Vec<AckRow>,
-    answered: &Answered,
-    granted: &Granted,
-    frames: &mut BytesMut,
-) {
-    let pressure = *context.pressure.borrow();
-    let credit = answered.credit(pressure);
-    granted.raise(credit);
-    let ack = PublishAck {
-        credit,
-        pressure: pressure.reason,
-        retry_after_ms: pressure.retry_after.as_millis() as u32,
-        rows: std::mem::take(rows),
-    };
-    ack.encode(frames);
-}
-
-fn put_refused(
-    previous: Sequence,
-    count: u32,
-    last_accepted: Sequence,
-    error: WireError,
-    frames: &mut BytesMut,
-) -> Result<(), StreamError> {
-    let refused = PublishRefused {
-        previous,
-        count,
-        last_accepted,
-        error,
-    };
-    let frame: Bytes = millpond_protocol::frame::encode(FrameType::PublishRefused, &refused)?;
-    frames.extend_from_slice(&frame);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use millpond_protocol::{Message, Offset, hot::AckKind};
+    use millpond_protocol::{Message, Sequence};
 
     fn batch(sequences: &[u64]) -> Publish {
         let mut messages = BytesMut::new();
@@ -444,6 +493,7 @@ mod tests {
             Message::new("x").encode(Sequence(sequence), &mut messages);
         }
         Publish {
+            handle: ProducerHandle(1),
             previous: Sequence(4),
             count: sequences.len() as u32,
             messages: messages.freeze(),
@@ -465,28 +515,5 @@ mod tests {
         let mut publish = batch(&[5, 6]);
         publish.count = 1;
         assert_eq!(verify(&publish).unwrap_err().code, ErrorCode::Malformed);
-    }
-
-    #[test]
-    fn rows_that_continue_become_one() {
-        let row = |offset, count| AckRow {
-            last_sequence: Sequence(offset + u64::from(count)),
-            offset: Offset(offset),
-            count,
-            kind: AckKind::Appended,
-        };
-        let mut rows = vec![row(0, 2)];
-        merge(&mut rows, vec![row(2, 3), row(9, 1)]);
-        assert_eq!(rows, [row(0, 5), row(9, 1)]);
-    }
-
-    #[test]
-    fn credit_never_shrinks_below_what_one_message_needs() {
-        let pressed = Pressure {
-            reason: Some(ErrorCode::DiskLow),
-            ..Pressure::default()
-        };
-        let credit = Answered::default().credit(pressed);
-        assert!(credit.max_bytes >= MESSAGE_BYTES_MAX as u64 && credit.max_messages > 0);
     }
 }

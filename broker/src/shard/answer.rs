@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use millpond_protocol::control::{ConsumerNotice, MessageState, OpenConsumer, Response};
 use millpond_protocol::message::MessageView;
-use millpond_protocol::{ErrorCode, SessionId, Stamp, SubscriptionMode, WireError};
+use millpond_protocol::{ErrorCode, ProducerHandle, SessionId, Stamp, SubscriptionMode, WireError};
 use millpond_queue::{Effect, Outcome, PUBLISH_FIXED_BYTES, Place, Refusal, StartPosition};
 use millpond_wal::Row;
 use millpond_wal::storage::Storage;
@@ -19,10 +19,12 @@ pub(super) enum Origin {
     Own,
     OpenProducer {
         stream: StreamId,
+        handle: ProducerHandle,
         anonymous: bool,
     },
     Publish {
         stream: StreamId,
+        handle: ProducerHandle,
         previous: millpond_protocol::Sequence,
         count: u32,
         bytes: u64,
@@ -144,7 +146,11 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         match (origin, outcome) {
             (Origin::Own, outcome) => log_own_failure(&outcome),
             (
-                Origin::OpenProducer { stream, anonymous },
+                Origin::OpenProducer {
+                    stream,
+                    handle,
+                    anonymous,
+                },
                 Outcome::ProducerOpened {
                     topic,
                     producer,
@@ -153,6 +159,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 },
             ) => {
                 let opened = Output::ProducerOpened {
+                    handle,
                     topic,
                     producer,
                     epoch,
@@ -164,6 +171,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             (
                 Origin::Publish {
                     stream,
+                    handle,
                     count,
                     bytes,
                     ..
@@ -174,6 +182,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 out.replies.push((
                     stream,
                     Output::Published {
+                        handle,
                         rows,
                         messages,
                         bytes,
@@ -183,6 +192,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             (
                 Origin::Publish {
                     stream,
+                    handle,
                     previous,
                     count,
                     bytes,
@@ -193,6 +203,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 },
             ) => {
                 let refused = Output::PublishRefused {
+                    handle,
                     previous,
                     count,
                     bytes,
@@ -409,6 +420,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         match origin {
             Origin::Publish {
                 stream,
+                handle,
                 previous,
                 count,
                 bytes,
@@ -417,6 +429,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 out.replies.push((
                     stream,
                     Output::PublishRefused {
+                        handle,
                         previous,
                         count,
                         bytes,
@@ -425,8 +438,12 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                     },
                 ));
             }
-            Origin::OpenProducer { stream, .. }
-            | Origin::OpenSession { stream, .. }
+            Origin::OpenProducer { stream, handle, .. } => {
+                let error = Some(error);
+                out.replies
+                    .push((stream, Output::ProducerEnded { handle, error }));
+            }
+            Origin::OpenSession { stream, .. }
             | Origin::Settle { stream, .. }
             | Origin::Commit { stream } => out.replies.push((stream, Output::End(error))),
             Origin::Own

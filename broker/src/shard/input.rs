@@ -2,7 +2,9 @@
 
 use millpond_protocol::control::{LeaseName, OpenConsumer, OpenProducer, Outcome, SettleItem};
 use millpond_protocol::hot::AckRun;
-use millpond_protocol::{ErrorCode, Offset, ProducerKey, Sequence, SessionId, TopicId, WireError};
+use millpond_protocol::{
+    ErrorCode, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, TopicId, WireError,
+};
 use millpond_queue::{OffsetRun, Record, SettleEntry, StartPosition};
 use millpond_wal::storage::Storage;
 
@@ -17,6 +19,7 @@ const DISK_RETRY_MS: u32 = 1_000;
 /// A publish that never came near the log.
 pub(super) struct Refused {
     stream: StreamId,
+    handle: ProducerHandle,
     producer: ProducerKey,
     previous: Sequence,
     count: u32,
@@ -29,6 +32,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         match input {
             Input::Publish {
                 stream,
+                handle,
                 topic,
                 producer,
                 epoch,
@@ -42,6 +46,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                     self.refuse_publish(
                         Refused {
                             stream,
+                            handle,
                             producer,
                             previous,
                             count,
@@ -64,6 +69,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                     &record,
                     Origin::Publish {
                         stream,
+                        handle,
                         previous,
                         count,
                         bytes,
@@ -173,6 +179,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     pub(super) fn answer_refused(&mut self, out: &mut Outbox<S>) {
         for Refused {
             stream,
+            handle,
             producer,
             previous,
             count,
@@ -184,6 +191,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             out.replies.push((
                 stream,
                 Output::PublishRefused {
+                    handle,
                     previous,
                     count,
                     bytes,
@@ -201,14 +209,17 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         owner: u64,
         out: &mut Outbox<S>,
     ) {
+        let handle = open.handle;
+        let mut refuse = |error| {
+            let error = Some(error);
+            out.replies
+                .push((stream, Output::ProducerEnded { handle, error }));
+        };
         if self.gates.read_only {
-            out.replies.push((stream, Output::End(read_only())));
-            return;
+            return refuse(read_only());
         }
         let Some(topic) = self.queue.topic_id(&open.topic) else {
-            out.replies
-                .push((stream, Output::End(unknown_topic(&open.topic))));
-            return;
+            return refuse(unknown_topic(&open.topic));
         };
         let record = Record::OpenProducer {
             topic,
@@ -217,7 +228,12 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             owner,
         };
         let anonymous = open.producer_id.is_none();
-        self.push(&record, Origin::OpenProducer { stream, anonymous });
+        let origin = Origin::OpenProducer {
+            stream,
+            handle,
+            anonymous,
+        };
+        self.push(&record, origin);
     }
 
     /// Takes a session up again, or creates what is missing and opens a new one.

@@ -7,8 +7,8 @@ use millpond_protocol::control::{
 };
 use millpond_protocol::hot::{AckRow, AckRun, ConsumerCredit};
 use millpond_protocol::{
-    Delivery, Epoch, ErrorCode, Offset, ProducerKey, Sequence, SessionId, Stamp, SubscriptionMode,
-    TopicId, WireError,
+    Delivery, Epoch, ErrorCode, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, Stamp,
+    SubscriptionMode, TopicId, WireError,
 };
 use millpond_queue::{Letter, Place, StartPosition};
 
@@ -27,6 +27,7 @@ pub enum Input<K> {
     },
     Publish {
         stream: StreamId,
+        handle: ProducerHandle,
         topic: TopicId,
         producer: ProducerKey,
         epoch: Epoch,
@@ -36,7 +37,7 @@ pub enum Input<K> {
         messages: Bytes,
         keep: K,
     },
-    /// The stream is gone; an anonymous producer's state goes with it unless it comes back.
+    /// An anonymous producer is done; its state goes.
     CloseProducer {
         producer: ProducerKey,
         epoch: Epoch,
@@ -128,6 +129,7 @@ pub enum ResolvedRequest {
 #[derive(Debug)]
 pub enum Output {
     ProducerOpened {
+        handle: ProducerHandle,
         topic: TopicId,
         producer: ProducerKey,
         epoch: Epoch,
@@ -136,16 +138,23 @@ pub enum Output {
     },
     /// Durable.
     Published {
+        handle: ProducerHandle,
         rows: Vec<AckRow>,
         messages: u64,
         bytes: u64,
     },
     PublishRefused {
+        handle: ProducerHandle,
         previous: Sequence,
         count: u32,
         bytes: u64,
         last_accepted: Sequence,
         error: WireError,
+    },
+    /// One producer of the stream is over; `None`: its client left it.
+    ProducerEnded {
+        handle: ProducerHandle,
+        error: Option<WireError>,
     },
     ConsumerOpened(Box<Opened>),
     SettlementsOpened,

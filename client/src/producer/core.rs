@@ -4,19 +4,18 @@ use std::time::{Duration, Instant};
 
 use millpond_protocol::control::{ProducerOpened, PublishRefused};
 use millpond_protocol::hot::PublishAck;
-use millpond_protocol::{Message, Sequence};
-use parking_lot::Mutex;
+use millpond_protocol::{Message, ProducerHandle, Sequence};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 
 use super::pipeline::{Next, Pipeline, Pressure, Slot, Verdict};
+use super::stream::{Place, PublishStream};
 use crate::completion::Wakeups;
 use crate::error::Error;
 
 pub struct Core {
     send_timeout: Duration,
     state: Mutex<State>,
-    /// The writer has something to do.
-    work: Notify,
     /// One waiting sender may try again; it passes the word on if there is more room.
     room: Notify,
     /// Something was answered, or the producer ended.
@@ -25,12 +24,27 @@ pub struct Core {
 
 struct State {
     pipeline: Pipeline,
-    /// The writer waits for `work`.
+    /// Where it writes; none between two streams.
+    place: Option<Place>,
+    /// The stream's writer has nothing more of this producer, and is to be told when there is.
     writer_idle: bool,
     senders_waiting: usize,
     /// No further messages are taken.
     closing: bool,
     ended: Option<Error>,
+}
+
+impl State {
+    /// Whom to tell that there is something to write, unless it will ask anyway.
+    fn idle_writer(&mut self) -> Option<Place> {
+        let place = self.place.as_ref()?;
+        std::mem::take(&mut self.writer_idle).then(|| place.clone())
+    }
+
+    fn is_at(&self, stream: &PublishStream, handle: ProducerHandle) -> bool {
+        let place = self.place.as_ref();
+        place.is_some_and(|place| place.is(stream, handle))
+    }
 }
 
 impl Core {
@@ -39,12 +53,12 @@ impl Core {
             send_timeout,
             state: Mutex::new(State {
                 pipeline,
+                place: None,
                 writer_idle: false,
                 senders_waiting: 0,
                 closing: false,
                 ended: None,
             }),
-            work: Notify::new(),
             room: Notify::new(),
             progress: Notify::new(),
         }
@@ -62,11 +76,15 @@ impl Core {
             return Err(Error::Closed);
         }
         let slot = state.pipeline.push(message, sequence, now)?;
-        let wake_writer = !state.pipeline.gathers() && std::mem::take(&mut state.writer_idle);
+        let writer = if state.pipeline.gathers() {
+            None
+        } else {
+            state.idle_writer()
+        };
         let pass_on = state.senders_waiting > 0 && state.pipeline.has_room(0);
         drop(state);
-        if wake_writer {
-            self.work.notify_one();
+        if let Some(writer) = writer {
+            writer.ready();
         }
         if pass_on {
             self.room.notify_one();
@@ -95,28 +113,58 @@ impl Core {
         }
     }
 
-    /// The next frame for the writer; if there is none, `work` will say when to ask again.
-    pub fn next_frame(&self) -> Next {
+    /// The next frame for the writer of a stream; if there is none, the producer will say when to ask
+    /// again. A stream that it has left gets none.
+    pub fn next_frame(&self, stream: &PublishStream, handle: ProducerHandle) -> Next {
         let mut state = self.state.lock();
+        if !state.is_at(stream, handle) {
+            return Next::Wait(None);
+        }
         let next = state.pipeline.next(Instant::now());
-        state.writer_idle = matches!(next, Next::Wait(_));
+        state.writer_idle = match &next {
+            Next::Write(frame) => !frame.more,
+            Next::Wait(_) => true,
+        };
         next
     }
 
-    pub async fn work(&self) {
-        self.work.notified().await;
+    /// Takes what a stream's reader has; nothing from one that the producer has left.
+    pub fn acked(
+        &self,
+        stream: &PublishStream,
+        handle: ProducerHandle,
+        ack: &PublishAck,
+    ) -> Result<(), String> {
+        self.answered_at(stream, handle, Ok(()), |pipeline, wakeups| {
+            pipeline.acked(ack, wakeups)
+        })
     }
 
-    pub fn acked(&self, ack: &PublishAck) -> Result<(), String> {
-        self.with(|pipeline, wakeups| pipeline.acked(ack, wakeups))
+    /// As `acked`.
+    pub fn refused(
+        &self,
+        stream: &PublishStream,
+        handle: ProducerHandle,
+        refused: &PublishRefused,
+    ) -> Result<Verdict, String> {
+        self.answered_at(stream, handle, Ok(Verdict::Fine), |pipeline, wakeups| {
+            pipeline.refused(refused, Instant::now(), wakeups)
+        })
     }
 
-    pub fn refused(&self, refused: &PublishRefused) -> Result<Verdict, String> {
-        self.with(|pipeline, wakeups| pipeline.refused(refused, Instant::now(), wakeups))
-    }
-
+    /// The place on a stream is gone.
     pub fn lost(&self) {
+        self.state.lock().place = None;
         self.with(|pipeline, _| pipeline.lost());
+    }
+
+    /// Writes here from now on.
+    pub fn begin(&self, place: Place) {
+        let mut state = self.state.lock();
+        state.place = Some(place.clone());
+        state.writer_idle = false;
+        drop(state);
+        place.ready();
     }
 
     /// Nothing more is sent on this stream.
@@ -137,15 +185,21 @@ impl Core {
         let mut state = self.state.lock();
         state.closing = true;
         state.pipeline.flush();
+        let writer = state.idle_writer();
         drop(state);
-        self.work.notify_one();
+        if let Some(writer) = writer {
+            writer.ready();
+        }
         self.room.notify_waiters();
         self.progress.notify_waiters();
     }
 
     /// The producer is over: everything pending fails.
     pub fn end(&self, error: &Error) {
-        self.state.lock().ended = Some(error.clone());
+        let mut state = self.state.lock();
+        state.ended = Some(error.clone());
+        state.place = None;
+        drop(state);
         self.with(|pipeline, wakeups| pipeline.fail(error, wakeups));
         self.room.notify_waiters();
         self.progress.notify_waiters();
@@ -153,12 +207,14 @@ impl Core {
 
     /// Waits until everything that was taken so far has its outcome.
     pub async fn flush(&self) -> Result<(), Error> {
-        let target = {
+        let (target, writer) = {
             let mut state = self.state.lock();
             state.pipeline.flush();
-            state.pipeline.last_assigned()
+            (state.pipeline.last_assigned(), state.idle_writer())
         };
-        self.work.notify_one();
+        if let Some(writer) = writer {
+            writer.ready();
+        }
         loop {
             let progress = self.progress.notified();
             {
@@ -218,17 +274,43 @@ impl Core {
         self.send_timeout
     }
 
-    /// Changes the pipeline, then wakes whoever it concerns, without the lock.
+    fn answered_at<T>(
+        &self,
+        stream: &PublishStream,
+        handle: ProducerHandle,
+        elsewhere: T,
+        answer: impl FnOnce(&mut Pipeline, &mut Wakeups) -> T,
+    ) -> T {
+        let state = self.state.lock();
+        if state.is_at(stream, handle) {
+            self.change(state, answer)
+        } else {
+            elsewhere
+        }
+    }
+
     fn with<T>(&self, change: impl FnOnce(&mut Pipeline, &mut Wakeups) -> T) -> T {
+        self.change(self.state.lock(), change)
+    }
+
+    /// Changes the pipeline, then wakes whoever it concerns, without the lock.
+    fn change<T>(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        change: impl FnOnce(&mut Pipeline, &mut Wakeups) -> T,
+    ) -> T {
         let mut wakeups = Wakeups::default();
-        let mut state = self.state.lock();
         let result = change(&mut state.pipeline, &mut wakeups);
         let room = state.senders_waiting > 0 && state.pipeline.has_room(0);
-        let wake_writer = std::mem::take(&mut state.writer_idle);
+        let writer = if state.pipeline.has_unsent() && !state.pipeline.gathers() {
+            state.idle_writer()
+        } else {
+            None
+        };
         drop(state);
         wakeups.wake();
-        if wake_writer {
-            self.work.notify_one();
+        if let Some(writer) = writer {
+            writer.ready();
         }
         if room {
             self.room.notify_one();

@@ -1,54 +1,49 @@
-//! The task behind a producer: writes what the pipeline gives, feeds it what the broker answers,
-//! and opens the stream again when it breaks.
+//! The task behind a producer: holds its place on a publish stream, and takes another one when it is
+//! lost. Writing and reading are the stream's.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
-use millpond_protocol::ErrorClass;
 use millpond_protocol::control::{OpenProducer, ProducerOpened, ProducerResume};
-use millpond_protocol::frame::{Frame, FrameError, FrameType};
-use millpond_protocol::hot::PublishAck;
-use quinn::SendStream;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, sleep_until, timeout, timeout_at};
+use millpond_protocol::{ErrorClass, ProducerHandle};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
 use super::core::Core;
-use super::pipeline::{Next, Verdict};
+use super::stream::{Lost, Seat};
 use crate::backoff::{Backoff, random, retry_after};
 use crate::client::Inner;
 use crate::connection::Link;
 use crate::error::Error;
-use crate::io::{self, FrameReader, StreamEnd};
-use crate::limits::{FINISH_TIMEOUT, RECONNECT_MAX};
+use crate::io::StreamEnd;
+use crate::limits::RECONNECT_MAX;
 use crate::reopening::{Reopening, StreamFate};
 use crate::supervisor::Shared;
 
-/// An open producer stream.
+/// An open producer on a publish stream.
 pub struct Stream {
     link: Arc<Link>,
     using: TaskTrackerToken,
-    send: SendStream,
-    reader: FrameReader,
+    seat: Seat,
     pub opened: ProducerOpened,
 }
 
-/// Whom a stream is opened for.
+impl Stream {
+    /// Lets the producer write there.
+    pub fn begin(&mut self, core: &Arc<Core>) {
+        self.seat.take(Arc::clone(core));
+        core.begin(self.seat.place());
+    }
+}
+
+/// Whom it is opened for.
 #[derive(Clone)]
 pub struct Identity {
     pub topic: String,
     pub producer_id: Option<String>,
 }
 
-/// Why a stream was left.
-enum Ended {
-    /// Everything is done and the producer is closed.
-    Finished,
-    Again,
-    Fatal(Error),
-}
-
-/// Opens a producer stream; tries again until the deadline if the broker is busy.
+/// Opens a producer; tries again until the deadline if the broker is busy.
 pub async fn open(
     shared: &Shared,
     identity: &Identity,
@@ -56,6 +51,8 @@ pub async fn open(
     deadline: Instant,
 ) -> Result<Stream, Error> {
     let mut question = OpenProducer {
+        // Given where it is seated.
+        handle: ProducerHandle(0),
         topic: identity.topic.clone(),
         producer_id: identity.producer_id.clone(),
         resume,
@@ -63,20 +60,15 @@ pub async fn open(
     let mut backoff = Backoff::default();
     loop {
         let link = shared.link(deadline).await?;
-        let opening = io::open(
-            &link.connection,
-            FrameType::OpenProducer,
-            &question,
-            FrameType::ProducerOpened,
-        );
+        let streams = &link.publishing;
+        let opening = streams.open(shared, &link.connection, question.clone());
         let end = match timeout_at(deadline, opening).await {
-            Ok(Ok((send, reader, frame))) => {
+            Ok(Ok((seat, opened))) => {
                 return Ok(Stream {
                     using: link.users.token(),
                     link,
-                    send,
-                    reader,
-                    opened: frame.decode()?,
+                    seat,
+                    opened,
                 });
             }
             Ok(Err(end)) => end,
@@ -124,7 +116,7 @@ pub async fn run(inner: Arc<Inner>, core: Arc<Core>, identity: Identity, first: 
 }
 
 /// Serves stream after stream; the error with which the handle ends (`Closed` after a clean end).
-async fn serve(shared: &Shared, core: &Core, identity: &Identity, first: Stream) -> Error {
+async fn serve(shared: &Shared, core: &Arc<Core>, identity: &Identity, first: Stream) -> Error {
     let mut stream = first;
     let mut reopening = Reopening::default();
     loop {
@@ -136,9 +128,9 @@ async fn serve(shared: &Shared, core: &Core, identity: &Identity, first: Stream)
         };
         let accepted = core.accepted();
         match serve_stream(shared, core, stream).await {
-            Ended::Finished => return Error::Closed,
-            Ended::Fatal(error) => return error,
-            Ended::Again => {}
+            None => return Error::Closed,
+            Some(Lost::Fatal(error)) => return error,
+            Some(Lost::Again) => {}
         }
         core.lost();
         let fate = StreamFate::of(&link, core.accepted() > accepted);
@@ -154,6 +146,7 @@ async fn serve(shared: &Shared, core: &Core, identity: &Identity, first: Stream)
         if let Err(error) = core.reopened(&stream.opened) {
             return error;
         }
+        stream.begin(core);
     }
 }
 
@@ -189,28 +182,21 @@ async fn reopen(
     }
 }
 
-async fn serve_stream(shared: &Shared, core: &Core, stream: Stream) -> Ended {
+/// Holds the place until it is lost; `None`: until everything is done and the producer is closed.
+async fn serve_stream(shared: &Shared, core: &Arc<Core>, stream: Stream) -> Option<Lost> {
     let Stream {
         link,
         using: _using,
-        mut send,
-        mut reader,
+        mut seat,
         ..
     } = stream;
-    let ended = tokio::select! {
-        ended = write(core, &mut send) => ended,
-        ended = read(core, &mut reader) => ended,
-        () = drained(shared, core) => Ended::Finished,
-        () = leave(core, &link) => Ended::Again,
-    };
-    if matches!(ended, Ended::Again) {
-        // A clean end would tell the broker to forget an anonymous producer.
-        let _ = send.reset(0u32.into());
-    } else if send.finish().is_ok() {
-        // Lets the last bytes out; the broker needs nothing more from this stream.
-        let _ = timeout(FINISH_TIMEOUT, send.stopped()).await;
+    tokio::select! {
+        lost = seat.lost() => return Some(lost),
+        () = leave(core, &link) => return Some(Lost::Again),
+        () = drained(shared, core) => {}
     }
-    ended
+    seat.finish().await;
+    None
 }
 
 /// When the broker goes away: sends nothing more, and leaves once everything sent is answered.
@@ -218,74 +204,6 @@ async fn leave(core: &Core, link: &Link) {
     link.leaving.cancelled().await;
     core.pause();
     core.answered().await;
-}
-
-async fn write(core: &Core, send: &mut SendStream) -> Ended {
-    loop {
-        match core.next_frame() {
-            Next::Write(frame) => {
-                let mut chunks: [Bytes; 2] = [frame.prefix, frame.messages];
-                if let Err(error) = send.write_all_chunks(&mut chunks).await {
-                    return left(error.into());
-                }
-            }
-            Next::Wait(Some(at)) => {
-                tokio::select! {
-                    () = core.work() => {}
-                    () = sleep_until(at.into()) => {}
-                }
-            }
-            Next::Wait(None) => core.work().await,
-        }
-    }
-}
-
-async fn read(core: &Core, reader: &mut FrameReader) -> Ended {
-    loop {
-        let frame = match reader.next().await {
-            Ok(frame) => frame,
-            Err(end) => return left(end),
-        };
-        match answer(core, &frame) {
-            Ok(Verdict::Fine) => {}
-            Ok(Verdict::Reopen) => return Ended::Again,
-            Ok(Verdict::Fatal(error)) => return Ended::Fatal(error),
-            Err(what) => {
-                tracing::warn!(what, "the broker broke the protocol");
-                return Ended::Again;
-            }
-        }
-    }
-}
-
-fn answer(core: &Core, frame: &Frame) -> Result<Verdict, String> {
-    let malformed = |error: FrameError| error.to_string();
-    match frame.kind {
-        FrameType::PublishAck => {
-            let ack = PublishAck::decode(&frame.body).map_err(malformed)?;
-            core.acked(&ack).map(|()| Verdict::Fine)
-        }
-        FrameType::PublishRefused => core.refused(&frame.decode().map_err(malformed)?),
-        found => Err(malformed(FrameError::Unexpected { found })),
-    }
-}
-
-/// A stream that ended: only what ends the producer is fatal; the rest is tried again.
-fn left(end: StreamEnd) -> Ended {
-    match &end {
-        StreamEnd::Refused(wire) => match Error::from(wire.clone()) {
-            Error::Fenced => Ended::Fatal(Error::Fenced),
-            error => {
-                tracing::info!(%error, "the broker ended a producer's stream");
-                Ended::Again
-            }
-        },
-        StreamEnd::Malformed(what) => {
-            tracing::warn!(what, "the broker broke the protocol");
-            Ended::Again
-        }
-        StreamEnd::Lost => Ended::Again,
-    }
 }
 
 /// Returns once the producer is closed and everything is answered.

@@ -5,6 +5,7 @@ mod core;
 mod driver;
 mod pipeline;
 mod receipt;
+mod stream;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use self::driver::Identity;
 pub use self::pipeline::Pressure;
 use self::pipeline::{Pipeline, PipelineConfig};
 pub use self::receipt::{Receipt, SendReceipt};
+pub(crate) use self::stream::PublishStreams;
 use crate::client::Inner;
 use crate::error::Error;
 use crate::limits::PRODUCER_WINDOW_MESSAGES;
@@ -100,6 +102,8 @@ impl ProducerBuilder {
         };
         let pipeline = Pipeline::new(config, &stream.opened, self.first_sequence);
         let core = Arc::new(Core::new(pipeline, send_timeout));
+        let mut stream = stream;
+        stream.begin(&core);
         let task = driver::run(Arc::clone(&self.inner), Arc::clone(&core), identity, stream);
         shared.tasks.spawn(task);
         Ok(Producer {

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use millpond_protocol::control::{ProducerOpened, PublishRefused};
-use millpond_protocol::hot::{AckKind, AckRow, Credit, Publish, PublishAck};
+use millpond_protocol::hot::{AckKind, AckRow, Credit, PublishAck};
 use millpond_protocol::{ErrorClass, ErrorCode, Message, ProducerKey, Sequence};
 
 use super::batch::{Accepted, Batch, Filling, Outcome};
@@ -43,10 +43,13 @@ pub struct PipelineConfig {
     pub send_timeout: Duration,
 }
 
-/// A frame to be written: both parts, one behind the other.
+/// A frame to be written.
 pub struct PublishFrame {
-    pub prefix: Bytes,
+    pub previous: Sequence,
+    pub count: u32,
     pub messages: Bytes,
+    /// Something is left to be asked for.
+    pub more: bool,
 }
 
 /// What the writer should do.
@@ -493,6 +496,11 @@ impl Pipeline {
         !self.sent.is_empty()
     }
 
+    /// True if something has not been written, or must be written again.
+    pub fn has_unsent(&self) -> bool {
+        self.unsent != Totals::default()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.pending == Totals::default()
     }
@@ -527,17 +535,18 @@ impl Pipeline {
         let (count, bytes) = (u64::from(batch.count), batch.bytes.len());
         // A batch that may be there already names what came before it, not what came after.
         batch.previous = self.tip.min(Sequence(batch.first.0.saturating_sub(1)));
-        let prefix = Publish::prefix(batch.previous, batch.count, bytes);
         self.tip = self.tip.max(batch.last);
         self.highest_sent = self.highest_sent.max(batch.last);
         self.used.add(count, bytes);
         self.unsent.take(count, bytes);
-        let messages = batch.bytes.clone();
+        let frame = PublishFrame {
+            previous: batch.previous,
+            count: batch.count,
+            messages: batch.bytes.clone(),
+            more: self.has_unsent(),
+        };
         self.sent.push_back(batch);
-        PublishFrame {
-            prefix: Bytes::copy_from_slice(&prefix),
-            messages,
-        }
+        frame
     }
 
     fn row(&mut self, row: &AckRow, wakeups: &mut Wakeups) -> Result<(), String> {

@@ -13,15 +13,16 @@ use std::time::Duration;
 use bytes::{BufMut, Bytes, BytesMut};
 use millpond_client::{Client, ClientBuilder, Message, SubscriptionMode};
 use millpond_protocol::control::{
-    ConsumerOpened, GoAway, Hello, LeaseName, OpenConsumer, OpenProducer, ProducerOpened, Request,
-    RequestFrame, Response, ResponseFrame, Welcome,
+    CloseProducer, ConsumerOpened, GoAway, Hello, LeaseName, OpenConsumer, OpenProducer,
+    ProducerEnded, ProducerOpened, Request, RequestFrame, Response, ResponseFrame, Welcome,
 };
 use millpond_protocol::frame::{self, Frame, FrameType};
 use millpond_protocol::hot::{
     AckKind, AckRow, Credit, DELIVER_META_BYTES, DeliverMeta, Publish, PublishAck, deliver_prefix,
 };
 use millpond_protocol::{
-    Delivery, Epoch, Offset, ProducerKey, Sequence, SessionId, SubscriptionId, TopicId, WireError,
+    Delivery, Epoch, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, SubscriptionId,
+    TopicId, WireError,
 };
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -170,24 +171,19 @@ impl FakeConnection {
         accept_stream(&self.connection).await
     }
 
-    /// The next stream, which must be a producer's.
+    /// The next stream, which must be for publishing, with its first producer opened.
     pub async fn producer(&self, last: u64, credit: Credit) -> (OpenProducer, Duplex) {
         let (open, mut stream) = self.producer_asks().await;
-        let opened = ProducerOpened {
-            topic: TopicId(1),
-            producer: ProducerKey(5),
-            epoch: Epoch(1),
-            last_sequence: Sequence(last),
-            credit,
-        };
-        stream.write(FrameType::ProducerOpened, &opened).await;
+        stream.opened(open.handle, last, credit).await;
         (open, stream)
     }
 
     pub async fn producer_asks(&self) -> (OpenProducer, Duplex) {
-        let (first, stream) = self.stream().await;
+        let (first, mut stream) = self.stream().await;
         let open = first.expect(FrameType::OpenProducer).unwrap();
-        (open.decode().unwrap(), stream)
+        let open: OpenProducer = open.decode().unwrap();
+        stream.handle = open.handle;
+        (open, stream)
     }
 
     /// The next two streams, which must be a consumer's.
@@ -224,9 +220,42 @@ pub struct Duplex {
     send: SendStream,
     recv: RecvStream,
     buffer: BytesMut,
+    /// The producer that acknowledgements are for.
+    pub handle: ProducerHandle,
 }
 
 impl Duplex {
+    /// The producer with this handle is open.
+    pub async fn opened(&mut self, handle: ProducerHandle, last: u64, credit: Credit) {
+        let opened = ProducerOpened {
+            handle,
+            topic: TopicId(1),
+            producer: ProducerKey(5),
+            epoch: Epoch(1),
+            last_sequence: Sequence(last),
+            credit,
+        };
+        self.write(FrameType::ProducerOpened, &opened).await;
+    }
+
+    /// Another producer on the stream, opened.
+    pub async fn next_producer(&mut self, last: u64, credit: Credit) -> OpenProducer {
+        let open = self.read(FrameType::OpenProducer).await;
+        let open: OpenProducer = open.decode().unwrap();
+        self.opened(open.handle, last, credit).await;
+        open
+    }
+
+    pub async fn producer_leaves(&mut self) -> CloseProducer {
+        let close = self.read(FrameType::CloseProducer).await;
+        close.decode().unwrap()
+    }
+
+    pub async fn end_producer(&mut self, handle: ProducerHandle, error: Option<WireError>) {
+        let ended = ProducerEnded { handle, error };
+        self.write(FrameType::ProducerEnded, &ended).await;
+    }
+
     /// The next frame; `None` at the end of the stream.
     pub async fn next(&mut self) -> Option<Frame> {
         patient(async {
@@ -259,9 +288,10 @@ impl Duplex {
         self.send.write_chunk(bytes).await.unwrap();
     }
 
-    /// Acknowledges `count` messages that begin at `offset`.
+    /// Acknowledges `count` messages of the stream's producer that begin at `offset`.
     pub async fn ack(&mut self, last: u64, offset: u64, count: u32, kind: AckKind) {
         let ack = PublishAck {
+            handle: self.handle,
             credit: WIDE,
             rows: vec![AckRow {
                 last_sequence: Sequence(last),
@@ -345,6 +375,7 @@ async fn accept_stream(connection: &Connection) -> (Frame, Duplex) {
         send,
         recv,
         buffer: BytesMut::new(),
+        handle: ProducerHandle::default(),
     };
     let first = stream.next().await.unwrap();
     (first, stream)

@@ -5,11 +5,13 @@ use std::task::{Context, Poll, Waker};
 
 use bytes::{BufMut, BytesMut};
 use millpond_protocol::frame::HEADER_BYTES;
-use millpond_protocol::{Epoch, MessageView, Offset, TopicId, WireError};
+use millpond_protocol::hot::Publish;
+use millpond_protocol::{Epoch, MessageView, Offset, ProducerHandle, TopicId, WireError};
 use proptest::prelude::*;
 
 use super::*;
 
+const HANDLE: ProducerHandle = ProducerHandle(1);
 const TIMEOUT: Duration = Duration::from_secs(30);
 const WIDE: Credit = Credit {
     max_messages: 1 << 40,
@@ -18,6 +20,7 @@ const WIDE: Credit = Credit {
 
 fn opened(last: u64, credit: Credit) -> ProducerOpened {
     ProducerOpened {
+        handle: HANDLE,
         topic: TopicId(1),
         producer: ProducerKey(1),
         epoch: Epoch(1),
@@ -58,7 +61,9 @@ fn frame(pipeline: &mut Pipeline, now: Instant) -> Option<Publish> {
     match pipeline.next(now) {
         Next::Wait(_) => None,
         Next::Write(frame) => {
-            let mut body = BytesMut::from(&frame.prefix[HEADER_BYTES..]);
+            let bytes = frame.messages.len();
+            let prefix = Publish::prefix(HANDLE, frame.previous, frame.count, bytes);
+            let mut body = BytesMut::from(&prefix[HEADER_BYTES..]);
             body.put_slice(&frame.messages);
             Some(Publish::decode(&body.freeze()).unwrap())
         }
@@ -67,6 +72,7 @@ fn frame(pipeline: &mut Pipeline, now: Instant) -> Option<Publish> {
 
 fn refusal(publish: &Publish, last: u64, code: ErrorCode) -> PublishRefused {
     PublishRefused {
+        handle: publish.handle,
         previous: publish.previous,
         count: publish.count,
         last_accepted: Sequence(last),

@@ -1,0 +1,44 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// The same load on Millpond and on other queues, on one machine, in one run.
+#[derive(Debug, Parser)]
+#[command(name = "millpond-peers")]
+pub struct Args {
+    /// Measure for about a second each instead of four.
+    #[arg(long)]
+    pub quick: bool,
+    /// How often everything is measured.
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
+    pub rounds: u32,
+    /// Only these servers: millpond, redis, nats, rabbitmq, beanstalkd, postgres.
+    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    pub only: Vec<String>,
+    /// The nats-server to start, where the one on the path is not the one to compare with.
+    #[arg(long, default_value = "nats-server", value_name = "FILE")]
+    pub nats_server: PathBuf,
+    /// Also writes everything into this file, as one JSON object.
+    #[arg(long, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+    /// Also draws it into this file, as one page.
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Serve Millpond from this folder, for a parent.
+    #[arg(long, hide = true)]
+    pub serve: Option<PathBuf>,
+}
+
+impl Args {
+    pub fn is_wanted(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| only == name)
+    }
+
+    /// How long one measurement takes.
+    pub fn time(&self) -> Duration {
+        Duration::from_secs(if self.quick { 1 } else { 4 })
+    }
+}

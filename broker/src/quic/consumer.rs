@@ -16,7 +16,7 @@ use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::ahead::Ahead;
 use super::connection::Peer;
@@ -29,6 +29,10 @@ use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
 
 /// How long a frame may wait for its peer to read once others want its memory.
 const DEPARTURE: Duration = Duration::from_secs(2);
+
+/// Longest that anything may wait for its peer to read. By then messages that were handed out have been
+/// called back and may have been handed out again, and what tells of that gathers behind it.
+const STALLED_MAX: Duration = Duration::from_secs(60);
 
 /// Runs one delivery stream to its end.
 pub async fn run<S: Storage>(
@@ -209,27 +213,29 @@ impl<S: Storage> Sender<'_, S> {
             // What was read ahead for an earlier activity is void.
             self.pending.clear();
         }
-        self.writer
-            .write_control(FrameType::ConsumerNotice, &notice)
-            .await
+        let writing = self
+            .writer
+            .write_control(FrameType::ConsumerNotice, &notice);
+        match timeout(STALLED_MAX, writing).await {
+            Ok(written) => written,
+            Err(_) => self.break_off(),
+        }
     }
 
     /// Writes a frame. While others wait for memory, a peer that gave credit may not keep it by not
     /// reading; its stream cannot carry a reason in the middle of a frame, so the code must do.
     async fn write_in_time(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
-        {
-            let writing = self.writer.write_pieces(pieces);
-            tokio::pin!(writing);
-            loop {
-                match timeout(DEPARTURE, &mut writing).await {
-                    Ok(written) => return written,
-                    Err(_) if !self.context.memory.is_wanted(&self.peer.share) => {}
-                    Err(_) => break,
-                }
-            }
+        let writing = self.writer.write_pieces(pieces);
+        let is_wanted = || self.context.memory.is_wanted(&self.peer.share);
+        match departs(writing, DEPARTURE, STALLED_MAX, is_wanted).await {
+            Some(written) => written,
+            None => self.break_off(),
         }
+    }
+
+    fn break_off(&mut self) -> Result<(), StreamError> {
         self.writer.reset(ErrorCode::Memory);
-        let text = "it did not read in time while others waited for memory";
+        let text = "it did not read in time what it gave credit for";
         Err(StreamError::Gone(text.to_owned()))
     }
 
@@ -270,5 +276,55 @@ impl<S: Storage> Sender<'_, S> {
             }
         }
         Ok(())
+    }
+}
+
+/// What was written; `None` if that takes longer than `most`, or than `every` while others want memory.
+async fn departs<T>(
+    writing: impl Future<Output = T>,
+    every: Duration,
+    most: Duration,
+    is_wanted: impl Fn() -> bool,
+) -> Option<T> {
+    tokio::pin!(writing);
+    let began = Instant::now();
+    loop {
+        match timeout(every, &mut writing).await {
+            Ok(written) => return Some(written),
+            Err(_) if began.elapsed() < most && !is_wanted() => {}
+            Err(_) => return None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::future::pending;
+
+    const EVERY: Duration = Duration::from_millis(5);
+    const MOST: Duration = Duration::from_millis(50);
+
+    #[tokio::test]
+    async fn a_frame_that_is_never_read_is_given_up_although_nobody_wants_its_memory() {
+        let began = Instant::now();
+        let written = departs(pending::<()>(), EVERY, MOST, || false).await;
+        assert_eq!(written, None);
+        assert!(began.elapsed() >= MOST);
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_is_not_read_is_given_up_at_once_if_others_want_its_memory() {
+        let written = departs(pending::<()>(), EVERY, Duration::MAX, || true).await;
+        assert_eq!(written, None);
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_is_read_slowly_departs() {
+        let slow = tokio::time::sleep(2 * EVERY);
+        assert_eq!(
+            departs(slow, EVERY, Duration::MAX, || false).await,
+            Some(())
+        );
     }
 }

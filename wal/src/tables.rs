@@ -123,6 +123,9 @@ impl<F: StorageFile> Segment<F> {
             first: spot.index,
             last: spot.index,
         });
+        if !self.has_room_for(spot) {
+            return Err(damaged);
+        }
         buf.resize(spot.bytes(), 0);
         match self.fill(spot.position(), buf) {
             Err(ReadError::Damaged(_)) => return Err(damaged),
@@ -137,6 +140,16 @@ impl<F: StorageFile> Segment<F> {
             Ok(header)
         } else {
             Err(damaged)
+        }
+    }
+
+    /// A directory may claim anything; an entry lies within the segment's entries.
+    fn has_room_for(&self, spot: Spot) -> bool {
+        match &self.body {
+            Body::Sealed(sealed) => {
+                spot.position() + spot.bytes() as u64 <= sealed.footer.entries_end
+            }
+            Body::Open { .. } | Body::Lost { .. } => true,
         }
     }
 

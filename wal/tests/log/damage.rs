@@ -410,3 +410,29 @@ fn a_dump_shows_every_entry_and_what_is_damaged() {
     assert_eq!((records, damaged), (34, vec![range(2, 2)]));
     assert!(entries >= 34 && segments == files(&storage, "seg-").len());
 }
+
+#[test]
+fn a_directory_that_claims_an_entry_larger_than_its_segment_is_damage() {
+    let storage = SimStorage::new(3);
+    let (mut log, _) = open(&storage);
+    for _ in 0..3 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    log.close().unwrap();
+    let segment = files(&storage, "seg-").remove(0);
+    let file = storage.open(&segment).unwrap();
+    let mut bytes = vec![0; file.len().unwrap() as usize];
+    file.read_at(0, &mut bytes).unwrap();
+    for block in bytes.chunks_mut(BLOCK as usize) {
+        // The second block of either copy has where the entries stand; this is how long the first is.
+        if block[4..12] == *b"MPDR\x01\0\0\0" {
+            block[16 + 12..16 + 16].copy_from_slice(&0x00FF_FFFF_u32.to_le_bytes());
+            let crc = crc32fast::hash(&block[4..]);
+            block[..4].copy_from_slice(&crc.to_le_bytes());
+        }
+    }
+    file.write_at(0, &bytes).unwrap();
+    let report = verify(&storage).unwrap();
+    let found: Vec<_> = report.findings.iter().map(|found| found.harm).collect();
+    assert!(found.contains(&Harm::State), "{report:?}");
+}

@@ -8,6 +8,7 @@ use millpond_broker::EmbeddedBroker;
 use millpond_client::{Client, Message};
 use millpond_protocol::frame::{FrameType, body_bytes_max};
 use millpond_protocol::hot::{ConsumerCredit, Credit};
+use tokio::sync::{Mutex, MutexGuard};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
@@ -18,42 +19,73 @@ use crate::raw::{Peer, Wire, head, publish as publish_frame, whole};
 /// The slowest hundredth of a good client's publishes takes no longer, whatever goes on beside it, in an
 /// unoptimised build whose attackers run on the same two processors.
 const P99_MAX: Duration = Duration::from_millis(250);
-/// How long each attack is measured.
+/// So many times what it took in peace may be added, for what else the machine is doing.
+const IN_PEACE_TIMES: u32 = 5;
+/// How long peace is measured, and each attack.
+const PEACE: Duration = Duration::from_secs(1);
 const ATTACK: Duration = Duration::from_secs(2);
 /// A breath between two blows of one attacker, so that it is the broker that is tried and not the machine.
 const BREATH: Duration = Duration::from_millis(1);
 
-/// Publishes one message after the other for as long as an attack lasts, and judges how long each took.
-async fn measure(name: &str, client: &Client, mut attackers: JoinSet<()>) {
+/// One attack at a time.
+static ALONE: Mutex<()> = Mutex::const_new(());
+
+/// A good client, and how long its publishes take while nobody attacks.
+struct Bystander<'a> {
+    client: &'a Client,
+    in_peace: Duration,
+    _alone: MutexGuard<'static, ()>,
+}
+
+impl<'a> Bystander<'a> {
+    async fn new(client: &'a Client) -> Self {
+        let alone = ALONE.lock().await;
+        Self {
+            client,
+            in_peace: p99_of_publishes(client, PEACE).await,
+            _alone: alone,
+        }
+    }
+
+    /// Publishes for as long as an attack lasts, and judges how long it took.
+    async fn suffer(self, name: &str, mut attackers: JoinSet<()>) {
+        let p99 = p99_of_publishes(self.client, ATTACK).await;
+        let stopped = attackers.try_join_next();
+        assert!(stopped.is_none(), "an attacker has stopped: {stopped:?}");
+        attackers.shutdown().await;
+        #[expect(clippy::print_stdout, reason = "figures for who runs it")]
+        {
+            println!(
+                "durability: hostile_{name}_publish_p99_us {}",
+                p99.as_micros()
+            );
+        }
+        let most = P99_MAX + IN_PEACE_TIMES * self.in_peace;
+        let in_peace = self.in_peace;
+        assert!(p99 < most, "{name}: p99 is {p99:?}, in peace {in_peace:?}");
+    }
+}
+
+/// Publishes one message after the other.
+async fn p99_of_publishes(client: &Client, time: Duration) -> Duration {
     let producer = producer(client).await;
     let mut took = Vec::new();
     let began = Instant::now();
-    while began.elapsed() < ATTACK {
+    while began.elapsed() < time {
         let sent = Instant::now();
         producer.send(Message::new("x")).await.unwrap();
         took.push(sent.elapsed());
         sleep(BREATH).await;
     }
-    let stopped = attackers.try_join_next();
-    assert!(stopped.is_none(), "an attacker has stopped: {stopped:?}");
-    attackers.shutdown().await;
     took.sort();
-    let p99 = took[took.len() * 99 / 100];
-    #[expect(clippy::print_stdout, reason = "figures for who runs it")]
-    {
-        println!(
-            "durability: hostile_{name}_publish_p99_us {}",
-            p99.as_micros()
-        );
-    }
-    assert!(p99 < P99_MAX, "{name}: p99 of {} is {p99:?}", took.len());
-    assert!(took.len() > 20, "{name}: only {} were sent", took.len());
+    took[took.len() * 99 / 100]
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flood_of_packets_that_are_none_slows_nobody_down() {
     let (broker, client) = broker().await;
     let at = broker.broker().listen_addr();
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     for _ in 0..2 {
         attackers.spawn(async move {
@@ -72,7 +104,7 @@ async fn a_flood_of_packets_that_are_none_slows_nobody_down() {
             }
         });
     }
-    measure("packets", &client, attackers).await;
+    bystander.suffer("packets", attackers).await;
     still_serves(&client).await;
     broker.shutdown().await.unwrap();
 }
@@ -84,6 +116,7 @@ async fn a_flood_of_handshakes_slows_nobody_down() {
     })
     .await;
     let broker = Arc::new(broker);
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     for _ in 0..2 {
         let broker = Arc::clone(&broker);
@@ -102,7 +135,7 @@ async fn a_flood_of_handshakes_slows_nobody_down() {
             }
         });
     }
-    measure("handshakes", &client, attackers).await;
+    bystander.suffer("handshakes", attackers).await;
     still_serves(&client).await;
     shut_down(broker).await;
 }
@@ -111,6 +144,7 @@ async fn a_flood_of_handshakes_slows_nobody_down() {
 async fn a_flood_of_streams_slows_nobody_down() {
     let (broker, client) = broker().await;
     let broker = Arc::new(broker);
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     for n in 0..2usize {
         let broker = Arc::clone(&broker);
@@ -135,7 +169,7 @@ async fn a_flood_of_streams_slows_nobody_down() {
             }
         });
     }
-    measure("streams", &client, attackers).await;
+    bystander.suffer("streams", attackers).await;
     still_serves(&client).await;
     shut_down(broker).await;
 }
@@ -144,6 +178,7 @@ async fn a_flood_of_streams_slows_nobody_down() {
 async fn malformed_frames_of_every_type_slow_nobody_down() {
     let (broker, client) = broker().await;
     let broker = Arc::new(broker);
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     for n in 0..2usize {
         let broker = Arc::clone(&broker);
@@ -175,7 +210,7 @@ async fn malformed_frames_of_every_type_slow_nobody_down() {
             }
         });
     }
-    measure("malformed", &client, attackers).await;
+    bystander.suffer("malformed", attackers).await;
     still_serves(&client).await;
     shut_down(broker).await;
 }
@@ -184,6 +219,7 @@ async fn malformed_frames_of_every_type_slow_nobody_down() {
 async fn slow_writers_and_slow_readers_slow_nobody_down() {
     let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
     let broker = Arc::new(broker);
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     for n in 0..4u64 {
         let broker = Arc::clone(&broker);
@@ -214,7 +250,7 @@ async fn slow_writers_and_slow_readers_slow_nobody_down() {
             }
         });
     }
-    measure("slow", &client, attackers).await;
+    bystander.suffer("slow", attackers).await;
     still_serves(&client).await;
     shut_down(broker).await;
 }
@@ -223,6 +259,7 @@ async fn slow_writers_and_slow_readers_slow_nobody_down() {
 async fn producers_that_overrun_their_credit_slow_nobody_down() {
     let (broker, client) = broker().await;
     let broker = Arc::new(broker);
+    let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();
     let broker_too = Arc::clone(&broker);
     attackers.spawn(async move {
@@ -239,7 +276,7 @@ async fn producers_that_overrun_their_credit_slow_nobody_down() {
             let _ = wire.send.reset(0u32.into());
         }
     });
-    measure("overrun", &client, attackers).await;
+    bystander.suffer("overrun", attackers).await;
     // Much of what it sent may still be on its way into the topic.
     timeout(PATIENCE, client.ping()).await.unwrap().unwrap();
     shut_down(broker).await;

@@ -362,6 +362,27 @@ async fn a_new_session_ends_the_rights_of_the_old_one() {
 }
 
 #[tokio::test]
+async fn sessions_that_end_while_they_are_opened_are_followed_by_another() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    connection.break_off();
+    let connection = broker.accept().await;
+    let ended = WireError::new(ErrorCode::SessionEnded, "too slow");
+    for session in 2..4 {
+        let (_, mut deliveries) = connection.stream().await;
+        let opened = opened(session, SubscriptionMode::Queue);
+        deliveries.write(FrameType::ConsumerOpened, &opened).await;
+        let (_, mut settlements) = connection.stream().await;
+        settlements.write(FrameType::Error, &ended).await;
+    }
+    let last = opened(4, SubscriptionMode::Queue);
+    let (_, mut deliveries, _settlements) = connection.consumer(&last).await;
+    deliveries.deliver(1, [7]).await;
+    assert_eq!(consumer.next().await.offset(), Offset(7));
+}
+
+#[tokio::test]
 async fn a_consumer_comes_back_at_once_however_often_its_connection_broke() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

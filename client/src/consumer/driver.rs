@@ -177,7 +177,8 @@ async fn reopen(shared: &Shared, session: &Session, identity: &Identity) -> Resu
         match open(shared, identity, resume, deadline).await {
             Ok(streams) => return Ok(streams),
             Err(Error::SessionEnded) if resume.is_some() => resume = None,
-            Err(error) if error.is_retriable() => {
+            // Even a new session may be over before its second stream is open.
+            Err(error) if error.is_retriable() || error == Error::SessionEnded => {
                 tracing::debug!(%error, "the consumer waits for the broker");
                 sleep(Backoff::default().next(random())).await;
             }

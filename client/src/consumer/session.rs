@@ -449,7 +449,7 @@ impl Session {
         };
         state.lease_ms = opened.lease_ms;
         if !same {
-            tracing::info!("the consumer's session has ended; a new one begins");
+            tracing::warn!("the consumer's session was lost; a new one begins");
             state.settle.fail(&SESSION_LOST, &mut wakeups);
             state.lost.clear();
         }

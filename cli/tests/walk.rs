@@ -140,6 +140,25 @@ fn released_messages_come_again_and_nacked_ones_later() {
 }
 
 #[test]
+fn receiving_a_count_takes_no_message_more() {
+    let broker = Broker::fresh();
+    broker.good("topic create orders");
+    broker.good("subscription create orders work --max-attempts 1");
+    broker.good("send orders a b c d e f");
+    assert_eq!(broker.good("receive orders work --count 2").out, "a\nb\n");
+    broker.good("receive orders work --exec true --count 1");
+    // What was handed back would have been delivered twice.
+    broker.good("receive orders work --nack --count 3");
+    let letters = broker.json("dead-letters list orders work");
+    let letters = letters.as_array().unwrap();
+    assert_eq!(letters.len(), 3);
+    assert!(
+        letters.iter().all(|letter| letter["deliveries"] == 1),
+        "{letters:?}"
+    );
+}
+
+#[test]
 fn a_stream_is_read_in_order_and_goes_on_where_it_was_committed() {
     let broker = Broker::fresh();
     broker.good("topic create events");

@@ -148,13 +148,23 @@ impl Broker {
 
     /// Waits until a subscription has nothing more to do; how it looks then.
     pub fn wait_for_empty(&self, topic: &str, name: &str) -> Value {
+        self.wait_for(topic, name, |view| view["backlog"] == 0)
+    }
+
+    /// Waits until a subscription has so many consumers.
+    pub fn wait_for_consumers(&self, topic: &str, name: &str, count: u64) {
+        self.wait_for(topic, name, |view| view["consumers"] == count);
+    }
+
+    /// Waits until a subscription looks like this.
+    fn wait_for(&self, topic: &str, name: &str, looks: impl Fn(&Value) -> bool) -> Value {
         let deadline = Instant::now() + WAIT_MAX;
         loop {
             let view = self.json(&format!("subscription show {topic} {name}"));
-            if view["backlog"] == 0 {
+            if looks(&view) {
                 return view;
             }
-            assert!(Instant::now() < deadline, "it is not done: {view}");
+            assert!(Instant::now() < deadline, "it stays {view}");
         }
     }
 

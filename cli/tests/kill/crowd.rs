@@ -1,4 +1,4 @@
-//! Several producers and several consumers at once while the broker is killed.
+//! Several producers and several consumers at once while the broker is killed and stopped in turn.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -16,7 +16,7 @@ const CONSUMERS: u64 = 3;
 const CHUNK: u64 = 400;
 
 #[test]
-fn killed_under_several_producers_and_consumers_everything_is_there_once_and_done() {
+fn killed_and_stopped_under_several_producers_and_consumers_everything_is_there_once_and_done() {
     let mut broker = Broker::fresh();
     broker.good("topic create orders");
     broker.good("subscription create orders work");
@@ -24,16 +24,23 @@ fn killed_under_several_producers_and_consumers_everything_is_there_once_and_don
     broker.good("subscription create orders keep");
     let mut senders: Vec<_> = (0..PRODUCERS).map(|id| sender(&broker, id)).collect();
     let receivers: Vec<_> = (0..CONSUMERS).map(|_| receiver(&broker)).collect();
+    broker.wait_for_consumers("orders", "work", CONSUMERS);
     for round in 0..=rounds() {
         let sent = round * CHUNK;
         for (id, (_, input)) in (0..).zip(&mut senders) {
             write(input, id, sent, sent + CHUNK);
         }
         if round < rounds() {
-            // Each time at another point of the chunk.
-            let least = PRODUCERS * sent + 1 + 211 * (round % 5);
-            broker.wait_for_offset("orders", least);
-            broker.kill();
+            // Each time at another point of the chunk; at first when everybody has come.
+            let point = match round {
+                0 => PRODUCERS * CHUNK - 1,
+                _ => 1 + 211 * (round % 5),
+            };
+            broker.wait_for_offset("orders", PRODUCERS * sent + point);
+            match round % 3 {
+                2 => assert_eq!(broker.terminate(), Some(0)),
+                _ => broker.kill(),
+            }
             broker.restart();
         }
     }
@@ -79,8 +86,13 @@ fn once_in_order(messages: &[(u64, String)], each: u64) {
     assert_eq!(next.len() as u64, PRODUCERS);
 }
 
+/// The first producer has no id: the broker names it, and knows it again after a restart.
 fn sender(broker: &Broker, id: u64) -> (Running, ChildStdin) {
-    let mut command = broker.command(&format!("send orders - --producer-id p{id} --output json"));
+    let line = match id {
+        0 => "send orders - --output json".to_owned(),
+        _ => format!("send orders - --producer-id p{id} --output json"),
+    };
+    let mut command = broker.command(&line);
     command.stdin(Stdio::piped());
     let mut running = Running::start(command);
     let input = running.child.stdin.take().unwrap();

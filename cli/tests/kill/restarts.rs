@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -95,7 +95,8 @@ fn a_redrive_that_is_killed_half_way_goes_on_and_loses_and_doubles_nothing() {
         broker.wait_for_empty("orders", "work")["dead"],
         json!(total)
     );
-    broker.good("dead-letters redrive orders work --all --rate 100");
+    let redrive = "dead-letters redrive orders work --all --rate 100 --wait --output json";
+    let mut waiting = Running::start(broker.command(redrive));
     let (mut kills, mut dead, mut half_way) = (0, total, 0);
     while kills < rounds() && dead > 0 {
         dead = wait_for_dead_below(&broker, total, dead);
@@ -105,6 +106,12 @@ fn a_redrive_that_is_killed_half_way_goes_on_and_loses_and_doubles_nothing() {
         half_way += u64::from(dead > 0);
     }
     assert!(half_way > 0, "the redrive was over before the first kill");
+    let job: Value = serde_json::from_str(&waiting.line().unwrap()).unwrap();
+    assert_eq!(
+        (&job["done"], &job["finished"]),
+        (&json!(total), &json!(true))
+    );
+    assert_eq!(waiting.end().0, 0);
     wait_for_dead_below(&broker, total, 1);
     let receive = format!("receive orders work --count {total} --timeout 10s --output json");
     let messages = broker.good(&receive).json_lines();
@@ -179,4 +186,33 @@ fn a_stream_read_over_kills_leaves_nothing_out_and_steps_back_only_to_its_commit
     signal(receiver.child.id(), "TERM");
     assert_eq!((receiver.end().0, kills), (0, rounds()));
     assert!(back <= kills, "{back} steps back for {kills} kills");
+}
+
+#[test]
+fn delayed_messages_come_when_they_are_due_however_often_the_broker_was_killed() {
+    const DELAY: Duration = Duration::from_secs(4);
+    let total = 100;
+    let (mut broker, input) = (Broker::fresh(), tempfile::NamedTempFile::new().unwrap());
+    std::fs::write(input.path(), lines(0, total)).unwrap();
+    broker.good("topic create orders");
+    broker.good("subscription create orders work");
+    let sent_at = Instant::now();
+    let path = input.path().display();
+    broker.good(&format!("send orders --file {path} --delay 4s"));
+    let mut receiver =
+        Running::start(broker.command(&format!("receive orders work --count {total}")));
+    broker.wait_for_consumers("orders", "work", 1);
+    for _ in 0..rounds() {
+        broker.kill();
+        broker.restart();
+    }
+    for _ in 0..total {
+        receiver.line().expect("every message comes");
+        assert!(sent_at.elapsed() >= DELAY, "early: {:?}", sent_at.elapsed());
+    }
+    assert_eq!(receiver.end().0, 0);
+    assert_eq!(
+        broker.wait_for_empty("orders", "work")["floor"],
+        json!(total)
+    );
 }

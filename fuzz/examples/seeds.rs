@@ -8,9 +8,9 @@ use bytes::{Bytes, BytesMut};
 use millpond_fuzz::put_piece;
 use millpond_fuzz::store::files;
 use millpond_protocol::control::{
-    CreateSubscription, DeadFilter, GoAway, Hello, LeaseName, OpenConsumer, OpenProducer,
-    OpenSettlements, Outcome, RedriveTarget, RejectKind, Request, RequestFrame, Response,
-    ResponseFrame, Settle, SettleItem, Settled,
+    CloseProducer, CreateSubscription, DeadFilter, GoAway, Hello, LeaseName, Leaving, OpenConsumer,
+    OpenProducer, OpenSettlements, Outcome, ProducerEnded, RedriveTarget, RejectKind, Request,
+    RequestFrame, Response, ResponseFrame, Settle, SettleItem, Settled,
 };
 use millpond_protocol::frame::{FrameType, empty, encode};
 use millpond_protocol::hot::{
@@ -18,8 +18,8 @@ use millpond_protocol::hot::{
     PublishAck, deliver_prefix, encode_acks, encode_commit,
 };
 use millpond_protocol::{
-    Delivery, Epoch, ErrorCode, LogIndex, Message, Offset, ProducerKey, Sequence, SessionId, Stamp,
-    StartAt, SubscriptionConfig, SubscriptionId, TopicConfig, TopicId, WireError,
+    Delivery, Epoch, ErrorCode, LogIndex, Message, Offset, ProducerHandle, ProducerKey, Sequence,
+    SessionId, Stamp, StartAt, SubscriptionConfig, SubscriptionId, TopicConfig, TopicId, WireError,
 };
 use millpond_queue::{
     Expired, LeaseRange, OffsetRun, Options, Place, Queue, Record, SettleEntry, StartPosition,
@@ -47,6 +47,8 @@ fn main() {
     }
 }
 
+const HANDLE: ProducerHandle = ProducerHandle(1);
+
 fn message() -> Message {
     let mut message = Message::new("payload");
     message.key = Bytes::from_static(b"key");
@@ -71,7 +73,7 @@ fn messages() -> Vec<Vec<u8>> {
 fn publish() -> Bytes {
     let mut bodies = encoded(&Message::new("a"), 4);
     bodies.extend_from_slice(&encoded(&message(), 5));
-    let mut out = BytesMut::from(&Publish::prefix(Sequence(3), 2, bodies.len())[..]);
+    let mut out = BytesMut::from(&Publish::prefix(HANDLE, Sequence(3), 2, bodies.len())[..]);
     out.extend_from_slice(&bodies);
     out.freeze()
 }
@@ -103,6 +105,7 @@ fn hot_frames() -> Vec<Bytes> {
     };
     let mut ack = BytesMut::new();
     PublishAck {
+        handle: HANDLE,
         credit,
         pressure: Some(ErrorCode::DiskLow),
         retry_after_ms: 50,
@@ -215,9 +218,15 @@ fn control_frames() -> Vec<Bytes> {
         GoAway: GoAway { deadline_ms: 5, reason: "stops".to_owned() },
         Error: WireError::new(ErrorCode::Memory, "no room"),
         OpenProducer: OpenProducer {
+            handle: HANDLE,
             topic: "t".to_owned(),
             producer_id: Some("p".to_owned()),
             resume: None,
+        },
+        CloseProducer: CloseProducer { handle: HANDLE, leaving: Leaving::ForGood },
+        ProducerEnded: ProducerEnded {
+            handle: HANDLE,
+            error: Some(WireError::new(ErrorCode::Memory, "no room")),
         },
         OpenConsumer: OpenConsumer {
             topic: "t".to_owned(),

@@ -67,6 +67,8 @@ fn body(frame: &Frame) {
             }
         }
         F::PublishRefused => control::<c::PublishRefused>(frame),
+        F::CloseProducer => control::<c::CloseProducer>(frame),
+        F::ProducerEnded => control::<c::ProducerEnded>(frame),
         F::OpenConsumer => control::<c::OpenConsumer>(frame),
         F::ConsumerOpened => control::<c::ConsumerOpened>(frame),
         F::ConsumerCredit => {
@@ -111,9 +113,11 @@ fn control<T: Serialize + DeserializeOwned + PartialEq + Debug>(frame: &Frame) {
 }
 
 fn publish(body: &Bytes) {
+    let handle = Publish::peek_handle(body);
     let Ok(publish) = Publish::decode(body) else {
         return;
     };
+    assert_eq!(handle, Ok(publish.handle));
     let mut rest: &[u8] = &publish.messages;
     for _ in 0..publish.count {
         let Ok((view, behind)) = MessageView::split(rest) else {

@@ -453,6 +453,7 @@ impl World {
     }
 
     fn try_round(&mut self, shard: &mut SimShard) -> Result<(), Death> {
+        shard.wake();
         while let Some(message) = self.inbox.pop_front() {
             match message {
                 Message::Input(input, note) => {
@@ -471,6 +472,7 @@ impl World {
             }
         }
         shard.commit_if_due(&mut self.out)?;
+        shard.wake();
         self.is_powered()?;
         self.flush(shard);
         // Applied by now; some answers were from before.

@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used, reason = "a helper's failure is its test's")]
 
-use millpond_protocol::TopicConfig;
-use millpond_protocol::control::{CreateSubscription, OpenConsumer, Request, SessionResume};
+use bytes::BytesMut;
+use millpond_protocol::control::{
+    CreateSubscription, OpenConsumer, OpenProducer, Request, SessionResume,
+};
+use millpond_protocol::hot::{ConsumerCredit, Credit};
+use millpond_protocol::{Message, Sequence, TopicConfig};
 use millpond_queue::StartPosition;
 use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::Storage as _;
@@ -83,6 +87,64 @@ impl Rig {
         SessionResume { session, token: 7 }
     }
 
+    fn publish(&mut self) {
+        let stream = StreamId(100);
+        let open = OpenProducer {
+            topic: "orders".to_owned(),
+            producer_id: None,
+            resume: None,
+        };
+        let replies = self.ask(Input::OpenProducer {
+            stream,
+            open,
+            owner: 1,
+        });
+        let Some((
+            _,
+            Output::ProducerOpened {
+                topic,
+                producer,
+                epoch,
+                ..
+            },
+        )) = replies.into_iter().next()
+        else {
+            panic!("the producer is opened");
+        };
+        let mut messages = BytesMut::new();
+        Message::new("m").encode(Sequence(1), &mut messages);
+        self.ask(Input::Publish {
+            stream,
+            topic,
+            producer,
+            epoch,
+            previous: Sequence(0),
+            count: 1,
+            messages: messages.freeze(),
+            keep: (),
+        });
+    }
+
+    /// Gives credit for ten messages on a stream; how many are handed out then.
+    fn grant(&mut self, session: SessionId, stream: StreamId) -> usize {
+        let credit = Credit {
+            max_messages: 10,
+            max_bytes: 1 << 20,
+        };
+        let credit = ConsumerCredit { credit, begun: 1 };
+        self.ask(Input::Credit {
+            stream,
+            session,
+            credit,
+        });
+        let mut out = Outbox::default();
+        self.shard.dispatch(&mut out);
+        let handed = out.replies.iter();
+        handed
+            .filter(|(_, output)| matches!(output, Output::Deliver(_)))
+            .count()
+    }
+
     /// One round of the shard with nothing coming in.
     fn round(&mut self) {
         let mut out = Outbox::default();
@@ -154,6 +216,18 @@ fn a_session_that_does_not_come_back_ends_after_its_grace() {
     let resume = rig.detached();
     rig.rest(10 * SECOND_US + SECOND_US / 10);
     assert!(!rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn credit_of_the_stream_before_counts_for_nothing_once_a_session_is_taken_up_on_another() {
+    let mut rig = Rig::new();
+    rig.publish();
+    let (old, opened) = rig.consume(None);
+    let session = opened.session;
+    let (new, resumed) = rig.consume(Some(SessionResume { session, token: 7 }));
+    assert!(resumed.resumed);
+    assert_eq!(rig.grant(session, old), 0);
+    assert_eq!(rig.grant(session, new), 1);
 }
 
 #[test]

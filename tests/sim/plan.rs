@@ -242,7 +242,7 @@ fn producer(rng: &mut Rng, size: Size, topics: u64, n: u64) -> ProducerPlan {
 
 fn faults(rng: &mut Rng, size: Size, chaos_us: u64) -> Faults {
     let crash_every_us = match size {
-        Size::Small => chaos_us / rng.between(24, 36),
+        Size::Small => chaos_us / rng.between(32, 44),
         Size::Large => rng.between(500_000, 4_000_000),
     };
     Faults {

@@ -81,7 +81,8 @@ struct Last {
 
 #[derive(Copy, Clone, Debug)]
 struct Said {
-    settle: u64,
+    /// The settlement and the place in it: one may say several things of a lease.
+    settle: (u64, usize),
     how: How,
     at: u64,
     is_answered: bool,
@@ -188,7 +189,7 @@ impl Consumed {
             } => {
                 let mut fresh = Vec::new();
                 for (ordinal, item) in items.iter().enumerate() {
-                    if self.subs[*sub].said(*id, *session, *item, *at) {
+                    if self.subs[*sub].said((*id, ordinal), *session, *item, *at) {
                         fresh.push(ordinal);
                     }
                 }
@@ -447,7 +448,7 @@ impl Sub {
     }
 
     /// True: nobody has ended this lease before otherwise than by an ack.
-    fn said(&mut self, settle: u64, session: u64, item: Settling, at: u64) -> bool {
+    fn said(&mut self, settle: (u64, usize), session: u64, item: Settling, at: u64) -> bool {
         let Some(message) = self.messages.get_mut(&item.offset) else {
             return false;
         };
@@ -533,11 +534,15 @@ impl Sub {
                 continue;
             };
             if !is_good {
-                last.said.retain(|said| said.settle != id);
+                last.said.retain(|said| said.settle != (id, ordinal));
                 continue;
             }
             let was_failed = last.said.iter().any(|said| said.is_failure());
-            let Some(said) = last.said.iter_mut().find(|said| said.settle == id) else {
+            let Some(said) = last
+                .said
+                .iter_mut()
+                .find(|said| said.settle == (id, ordinal))
+            else {
                 continue;
             };
             said.is_answered = true;

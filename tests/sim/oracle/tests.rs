@@ -485,6 +485,23 @@ fn a_failure_that_somebody_else_says_breaks_i6() {
 }
 
 #[test]
+fn a_refused_word_of_a_lease_takes_no_other_back() {
+    let found = spoiled(|events| {
+        for event in events {
+            match event {
+                Event::SettleTaken { id: 2, items, .. } => items.push(Settling {
+                    how: How::Release { delay_ms: None },
+                    ..items[0]
+                }),
+                Event::Settled { id: 2, refused } => refused.push(1),
+                _ => {}
+            }
+        }
+    });
+    assert_eq!(found, []);
+}
+
+#[test]
 fn a_session_that_begins_twice_breaks_i6() {
     let found = spoiled(|events| {
         let opened = Event::SessionOpened { session: 5 };

@@ -16,8 +16,6 @@ pub enum Bug {
     DuplicateAppended,
     /// Messages are accepted although some before them are missing.
     SequenceGapAccepted,
-    /// An earlier incarnation of a producer still writes.
-    FencedProducerAccepted,
     /// Snapshots have no producers.
     DedupNotInSnapshot,
     /// Snapshots have no acknowledgements above the floor.

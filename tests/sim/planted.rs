@@ -32,7 +32,6 @@ const BUGS: &[(Bug, &[Invariant])] = &[
     (Bug::Core(core::Bug::OffsetOffByOne), &[I3]),
     (Bug::Core(core::Bug::DuplicateAppended), &[I3]),
     (Bug::Core(core::Bug::SequenceGapAccepted), &[I3]),
-    (Bug::Core(core::Bug::FencedProducerAccepted), &[I3]),
     (Bug::Core(core::Bug::DedupNotInSnapshot), &[I3]),
     (Bug::Core(core::Bug::DoneNotInSnapshot), &[I7]),
     (Bug::Core(core::Bug::DueOneEarly), &[I5]),

@@ -171,7 +171,7 @@ impl Queue {
             let error = WireError::new(ErrorCode::UnknownTopic, "the topic does not exist");
             return refused(last, error);
         }
-        if producer.epoch != epoch && !planted::is(Bug::FencedProducerAccepted) {
+        if producer.epoch != epoch {
             self.counters.producers_fenced += 1;
             return refused(last, fenced());
         }

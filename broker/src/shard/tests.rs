@@ -7,7 +7,7 @@ use millpond_protocol::control::{
     CreateSubscription, OpenConsumer, OpenProducer, Request, SessionResume,
 };
 use millpond_protocol::hot::{ConsumerCredit, Credit};
-use millpond_protocol::{Message, Sequence, TopicConfig};
+use millpond_protocol::{Message, ProducerHandle, Sequence, TopicConfig};
 use millpond_queue::StartPosition;
 use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::Storage as _;
@@ -90,6 +90,7 @@ impl Rig {
     fn publish(&mut self) {
         let stream = StreamId(100);
         let open = OpenProducer {
+            handle: ProducerHandle(1),
             topic: "orders".to_owned(),
             producer_id: None,
             resume: None,
@@ -115,6 +116,7 @@ impl Rig {
         Message::new("m").encode(Sequence(1), &mut messages);
         self.ask(Input::Publish {
             stream,
+            handle: ProducerHandle(1),
             topic,
             producer,
             epoch,

@@ -36,6 +36,7 @@ pub use record::{
     publish_header,
 };
 pub use state::dead_letter::Letter;
+pub use state::snapshot::FORMAT as SNAPSHOT_FORMAT;
 pub use view::DeadPage;
 
 #[cfg(test)]

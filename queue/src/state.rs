@@ -10,7 +10,7 @@ pub mod offset_set;
 pub mod redelivery;
 pub mod redrive;
 pub mod session;
-mod snapshot;
+pub mod snapshot;
 pub mod subscription;
 pub mod token;
 pub mod topic;

@@ -225,6 +225,14 @@ impl Queue {
         delta
     }
 
+    /// The whole state as chunks by id, as a first snapshot would hold it; equal states give equal bytes.
+    #[must_use]
+    pub fn chunks(&self) -> Vec<(u64, Bytes)> {
+        let ids = self.all_chunks().into_iter();
+        ids.filter_map(|id| Some((id, Bytes::from(self.chunk(id)?))))
+            .collect()
+    }
+
     fn all_chunks(&self) -> BTreeSet<u64> {
         let mut all = BTreeSet::from([dirty::META, dirty::TOKENS, dirty::JOBS]);
         for (id, topic) in &self.topics {

@@ -199,7 +199,8 @@ impl<S: Storage> Bodies<S> {
     }
 }
 
-fn read_log<S: Storage>(
+/// What `Bodies::read` reads from the log. Blocks.
+pub fn read_log<S: Storage>(
     reader: &LogReader<S>,
     topic: TopicId,
     offset: Offset,
@@ -207,9 +208,18 @@ fn read_log<S: Storage>(
     bytes: usize,
 ) -> Result<Vec<Run>, BodyError> {
     let wanted = (count as usize).min(ROWS_MAX);
-    let rows = reader
-        .rows(topic.0, offset.0, wanted)
-        .map_err(|e| BodyError::Io(e.to_string()))?;
+    let rows = match reader.rows(topic.0, offset.0, wanted) {
+        Ok(rows) => rows,
+        // Both copies of a directory: what else stands in it is asked for later.
+        Err(ReadError::Damaged(_)) => {
+            return Err(BodyError::Damaged {
+                first: offset,
+                next: offset.next(),
+            });
+        }
+        Err(error) => return Err(BodyError::Io(error.to_string())),
+    };
+    let behind = rows.first().map(|row| row.base);
     let (mut runs, mut next, mut left, mut room) = (Vec::new(), offset, count, bytes);
     for row in rows {
         if row.base > next.0 {
@@ -228,10 +238,15 @@ fn read_log<S: Storage>(
             break;
         }
     }
-    if runs.is_empty() {
-        Err(BodyError::Gone(offset))
-    } else {
-        Ok(runs)
+    if !runs.is_empty() {
+        return Ok(runs);
+    }
+    match reader.lost_with(topic.0, offset.0) {
+        Some(_) => Err(BodyError::Damaged {
+            first: offset,
+            next: Offset(behind.unwrap_or(offset.0 + u64::from(count.max(1)))),
+        }),
+        None => Err(BodyError::Gone(offset)),
     }
 }
 

@@ -4,8 +4,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use millpond_queue::RestoreError;
 use millpond_wal::storage::FolderError;
-use millpond_wal::{LogError, OpenError};
+use millpond_wal::{LogError, OpenError, ReadError};
 
 use crate::config::ConfigError;
 use crate::shard::{Fatal, OpenShardError};
@@ -64,6 +65,13 @@ pub enum StartError {
         found: u32,
         known: u32,
     },
+
+    #[error(
+        "the data folder {} holds a record of a newer Millpond; start that version or choose another \
+         folder with --data",
+        path.display()
+    )]
+    NewerRecord { path: PathBuf },
 
     #[error("cannot use the certificate or key {}: {problem}", path.display())]
     Certificate { path: PathBuf, problem: String },
@@ -141,6 +149,18 @@ impl StartError {
             OpenShardError::Start(Fatal::Log(LogError::Disk { what, file, source })) => {
                 Self::io(what, &data.join(file), source)
             }
+            OpenShardError::Replay(LogError::Read(ReadError::NewerFormat { found })) => {
+                Self::log(data, OpenError::NewerFormat { found, known: 1 })
+            }
+            OpenShardError::Restore(RestoreError::Format(found)) => Self::NewerVersion {
+                path: data.to_path_buf(),
+                found,
+                known: millpond_queue::SNAPSHOT_FORMAT,
+            },
+            // Its checksum is right: whoever wrote it knows more.
+            OpenShardError::Record(_) => Self::NewerRecord {
+                path: data.to_path_buf(),
+            },
             damage => Self::Damaged {
                 path: data.to_path_buf(),
                 problem: damage.to_string(),

@@ -74,6 +74,7 @@ impl Failure {
             Self::Stdout(error) if error.kind() == io::ErrorKind::BrokenPipe => 0,
             Self::Partial { .. } => PARTIAL,
             Self::Damage { .. } => DAMAGE,
+            Self::Log(error) if error.is_damage() => DAMAGE,
             Self::Stopped(stop) => stop.exit_code(),
             _ => FAILED,
         }

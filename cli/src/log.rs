@@ -91,7 +91,7 @@ fn verify(dir: &Path, format: Format) -> Result<(), Failure> {
 
 /// A torn tail is what a power cut leaves: bytes that were never acknowledged.
 const fn is_damage(finding: &Finding) -> bool {
-    !matches!(finding.what, Wrong::Torn { .. })
+    !matches!(finding.what, Wrong::Torn { .. } | Wrong::TornRecord { .. })
 }
 
 fn to_json(report: &VerifyReport) -> Value {

@@ -66,7 +66,8 @@ fn written() -> SimStorage {
     let mut log = Log::open(storage.clone(), options())
         .expect("an empty folder")
         .log;
-    log.replay(|_, _| {}).expect("nothing to replay");
+    log.replay(|_, _| Ok::<(), std::convert::Infallible>(()))
+        .expect("nothing to replay");
     for nth in 0..ENTRIES {
         append(&mut log);
         if nth == 2 {

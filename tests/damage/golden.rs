@@ -49,8 +49,10 @@ pub fn make() -> Golden {
     life.ack(&mut worker, done);
     fail(&mut life, &mut worker, 13, 15);
     life.publish(&mut web, &[filler()]);
-    // Cleaning and removal, now that both snapshots cover the beginning.
-    life.pass(2_000_000);
+    // Letting go, removal and cleaning, now that both snapshots cover the beginning.
+    for _ in 0..3 {
+        life.pass(2_000_000);
+    }
 
     life.publish(&mut shop, &messages("third", 3));
     life.publish(

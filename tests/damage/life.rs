@@ -221,7 +221,11 @@ impl Life {
             },
             begun: messages,
         };
-        let outputs = self.take(vec![Input::Credit { session, credit }]);
+        let outputs = self.take(vec![Input::Credit {
+            session,
+            stream,
+            credit,
+        }]);
         consumer.receive(&outputs);
         consumer
     }

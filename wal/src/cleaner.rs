@@ -4,7 +4,8 @@
 //! and record number, so every reference to it stays good and `apply` never learns of it; one manifest
 //! record swaps the files. A record with several messages is copied whole as long as one of them lives.
 //!
-//! Only segments that every kept snapshot covers are cleaned, because a sparse one cannot be replayed.
+//! Only segments that every kept snapshot covers are cleaned, because a sparse one cannot be replayed. One
+//! with damage in what is to be kept stays as it is: damaged bytes may be all that is left of a message.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -14,7 +15,7 @@ use xxhash_rust::xxh3::Xxh3;
 use crate::buffer::BufferPool;
 use crate::directory::{OpenTable, Row, Spot, Unreadable};
 use crate::entry::{EntryHeader, EntryKind, LogIndex, Place};
-use crate::error::{JobError, LogError, ReadError};
+use crate::error::{IndexRange, JobError, LogError, ReadError};
 use crate::log::Log;
 use crate::manifest::Change;
 use crate::planted::{self, Bug};
@@ -38,9 +39,15 @@ pub struct CleanJob<S: Storage> {
 
 /// What a [`CleanJob`] made; for `Log::install_cleaned`.
 pub struct CleanDone<S: Storage> {
-    segment: Segment<S::File>,
-    /// The entries whose live records could not be copied, because they are damaged.
-    pub lost: Vec<LogIndex>,
+    id: SegmentId,
+    made: Result<Segment<S::File>, IndexRange>,
+}
+
+impl<S: Storage> CleanDone<S> {
+    /// What is damaged in the segment, so that nothing was made.
+    pub fn damaged(&self) -> Option<IndexRange> {
+        self.made.as_ref().err().copied()
+    }
 }
 
 impl<S: Storage> Log<S> {
@@ -90,10 +97,17 @@ impl<S: Storage> Log<S> {
         })
     }
 
-    /// Puts the replacement in place of the segment; returns the bytes that become free.
+    /// Puts the replacement in place of the segment; returns the bytes that become free. A damaged segment
+    /// stays, and is remembered as such.
     pub fn install_cleaned(&mut self, done: CleanDone<S>) -> Result<u64, LogError> {
         self.check_writable()?;
-        let new = done.segment;
+        let new = match done.made {
+            Ok(new) => new,
+            Err(_) => {
+                self.damaged.insert(done.id);
+                return Ok(0);
+            }
+        };
         let old = self.covered_segment(new.id)?;
         if old.generation + 1 != new.generation {
             return Err(LogError::Outdated(new.id));
@@ -156,20 +170,24 @@ impl<S: Storage> CleanJob<S> {
             digest: Xxh3::new(),
             last_crc: self.header.predecessor_crc,
         };
-        let mut lost = Vec::new();
         for index in self.indexes() {
             let live = self.places.range(first_of(index)..first_of(index.next()));
             match self.entry(index) {
                 Ok((header, bytes)) => copy.entry(&header, &bytes, live)?,
                 Err(ReadError::Io { source, .. }) => return Err(source),
-                Err(ReadError::Damaged(_) | ReadError::NotFound(_)) => lost.push(index),
+                Err(_) => {
+                    self.storage.remove(name)?;
+                    return Ok(CleanDone {
+                        id: self.header.id,
+                        made: Err(IndexRange {
+                            first: index,
+                            last: index,
+                        }),
+                    });
+                }
             }
         }
-        for row in self
-            .rows
-            .iter()
-            .filter(|row| !lost.contains(&row.place.index))
-        {
+        for row in &self.rows {
             copy.table.add(*row);
         }
         // Entries and header first: the footer says that they are all there.
@@ -177,8 +195,8 @@ impl<S: Storage> CleanJob<S> {
         let footer = copy.finish(&self.segment)?;
         self.storage.sync_dir()?;
         Ok(CleanDone {
-            segment: self.open(name, footer)?,
-            lost,
+            id: self.header.id,
+            made: Ok(self.open(name, footer)?),
         })
     }
 

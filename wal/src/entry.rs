@@ -141,11 +141,10 @@ impl EntryHeader {
         if crc != raw.header_crc.get() {
             return Err(Defect::HeaderCrc);
         }
-        if raw.version.get() != VERSION || raw.flags != U16::ZERO {
-            return Err(Defect::Version);
-        }
+        let known = raw.version.get() == VERSION && raw.flags == U16::ZERO;
+        let kind = EntryKind::from_code(raw.kind).filter(|_| known);
         let header = EntryHeader {
-            kind: EntryKind::from_code(raw.kind).ok_or(Defect::Version)?,
+            kind: kind.ok_or(Defect::Version)?,
             index: LogIndex(raw.index.get()),
             term: raw.term.get(),
             segment: raw.segment,
@@ -162,6 +161,18 @@ impl EntryHeader {
             return Err(Defect::Index);
         }
         Ok((header, crc))
+    }
+
+    /// The format of an entry that a newer version wrote at `position` of this segment. Magic, version,
+    /// header crc, segment, epoch and position keep their places in every format, so that a payload
+    /// cannot pass for one.
+    pub(crate) fn newer(bytes: &[u8], segment: [u8; 16], epoch: u32, position: u64) -> Option<u16> {
+        if EntryHeader::decode(bytes) != Err(Defect::Version) {
+            return None;
+        }
+        let (raw, _) = RawHeader::read_from_prefix(bytes).ok()?;
+        let here = (raw.segment, raw.epoch.get(), raw.position.get());
+        (here == (segment, epoch, position)).then(|| raw.version.get().max(VERSION + 1))
     }
 
     /// Header and payload without the padding.

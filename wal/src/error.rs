@@ -73,6 +73,19 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// Bytes or files are not what they were, rather than something that the user can change.
+    pub fn is_damage(&self) -> bool {
+        matches!(
+            self,
+            OpenError::ManifestMissing { .. }
+                | OpenError::ManifestDamaged { .. }
+                | OpenError::ManifestBehind { .. }
+                | OpenError::HistoryMissing { .. }
+        )
+    }
+}
+
 /// Why the log refused a change.
 #[derive(Debug, thiserror::Error)]
 pub enum LogError {
@@ -125,6 +138,8 @@ pub enum ReadError {
     Damaged(IndexRange),
     #[error("entry {0} is not in the log")]
     NotFound(LogIndex),
+    #[error("the entry was written by a newer millpond (format {found}); start that version")]
+    NewerFormat { found: u16 },
     #[error("cannot read {file}")]
     Io {
         file: String,

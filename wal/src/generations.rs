@@ -1,8 +1,8 @@
 //! Snapshots as the log sees them: which one may be taken, and which are kept.
 //!
 //! Invariants: a snapshot covers sealed segments only, because the rows of a segment exist nowhere else;
-//! two generations are kept, and segments stay until the older one covers them, so that one damaged
-//! snapshot loses nothing.
+//! two generations are kept, which share no file, and segments stay until the older one covers them, so
+//! that one damaged or missing file of a snapshot loses nothing.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +13,7 @@ use crate::error::LogError;
 use crate::log::Log;
 use crate::manifest::{Change, SnapshotEntry};
 use crate::planted::{self, Bug};
-use crate::snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
+use crate::snapshot::{Base, ChunkId, Snapshot, SnapshotDone, SnapshotJob};
 use crate::storage::Storage;
 
 impl<S: Storage> Log<S> {
@@ -52,7 +52,10 @@ impl<S: Storage> Log<S> {
         if unsealed.is_some_and(|first| first <= index) && !without {
             return Err(LogError::SnapshotTooNew { index });
         }
-        let base = self.newest_snapshot.as_ref();
+        let base = self.newest_snapshot.as_ref().map(|state| Base {
+            state,
+            files: self.older_snapshot.as_ref(),
+        });
         let number = self.next_snapshot;
         self.next_snapshot += 1;
         let (storage, pool) = (self.storage.clone(), self.pool.clone());
@@ -79,7 +82,8 @@ impl<S: Storage> Log<S> {
             digest: info.digest,
             files: info.files,
         }))?;
-        self.newest_snapshot = Some(Snapshot::of(self.storage.clone(), &done));
+        let new = Snapshot::of(self.storage.clone(), &done);
+        self.older_snapshot = self.newest_snapshot.replace(new);
         for file in before.difference(&self.snapshot_files()) {
             self.unlink(file);
         }

@@ -35,6 +35,8 @@ pub struct SegmentInfo {
     pub contents: Contents,
     /// Covered by every kept snapshot: may be cleaned or removed.
     pub covered: bool,
+    /// Cleaning found damage in it: it cannot be cleaned.
+    pub damaged: bool,
     pub topics: Vec<TopicSpan>,
 }
 
@@ -65,6 +67,7 @@ impl<S: Storage> Log<S> {
                 bytes: bytes_of(segment),
                 stage,
                 contents: segment.contents,
+                damaged: self.damaged.contains(&segment.id),
                 covered: stage != Stage::Open && segment.last() <= covered,
                 topics,
             }

@@ -10,7 +10,7 @@
 //!
 //! Opening is in `recover`, folding what was recovered in `replay`.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::sync::Arc;
 
@@ -28,6 +28,7 @@ use crate::options::Options;
 use crate::planted::{self, Bug};
 use crate::reader::LogReader;
 use crate::record::{Group, RECORD_HEADER_BYTES, RecordHead, table_slot};
+use crate::recover::{RecoveryReport, Start};
 use crate::retire::{Held, Retirement};
 use crate::seal::{Ended, SealDone, SealJob, seal_room};
 use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
@@ -48,15 +49,22 @@ pub struct Log<S: Storage> {
     pub(crate) retirement: Retirement<Segment<S::File>>,
     pub(crate) watermark: Watermark,
     pub(crate) health: Health,
+    /// What recovery still has to write; done by replay.
+    pub(crate) start: Option<Start>,
+    pub(crate) report: RecoveryReport,
     /// None until the first append after opening, rolling or truncating.
     pub(crate) active: Option<Active<S::File>>,
     /// Finished, oldest first; sealed once applied.
     pub(crate) ended: VecDeque<Ended<S::File>>,
+    /// Segments that cleaning found damaged since opening.
+    pub(crate) damaged: BTreeSet<SegmentId>,
     pub(crate) spares: VecDeque<Spare>,
     pub(crate) next_spare: u64,
     pub(crate) next_snapshot: u64,
     /// The base of the next one.
     pub(crate) newest_snapshot: Option<Snapshot<S>>,
+    /// Whose files the next one uses again.
+    pub(crate) older_snapshot: Option<Snapshot<S>>,
     /// The last segment's uuid and last header crc, for the next one's header.
     pub(crate) predecessor: ([u8; 16], u32),
     pub(crate) durable: LogIndex,
@@ -268,7 +276,12 @@ impl<S: Storage> Log<S> {
         LogReader::new(self.tables.clone())
     }
 
-    /// The epoch of this start: raised durably by every opening.
+    /// What opening found out; complete once all is replayed.
+    pub fn report(&self) -> &RecoveryReport {
+        &self.report
+    }
+
+    /// The epoch of this start: raised durably by every replay that finds nothing wrong.
     pub fn recovery_epoch(&self) -> u32 {
         self.manifest.state().epoch
     }
@@ -433,12 +446,14 @@ impl<S: Storage> Log<S> {
                 true => Ok(()),
                 false => self.storage.sync_dir(),
             });
-        written.map_err(|source| self.poison_io("begin", &name, source))?;
+        let length = written.and_then(|()| file.len());
+        let file_bytes = length.map_err(|source| self.poison_io("begin", &name, source))?;
         self.change(Change::Began {
             id,
             uuid: header.uuid,
             first,
             epoch,
+            file_bytes,
         })?;
         let file = Arc::new(file);
         let body = Body::Open {

@@ -49,6 +49,7 @@ pub(crate) enum Change {
         uuid: [u8; 16],
         first: LogIndex,
         epoch: u32,
+        file_bytes: u64,
     },
     Sealed {
         id: SegmentId,
@@ -106,8 +107,11 @@ pub(crate) struct SegmentEntry {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum SegmentEnd {
-    /// Still written, or was when the broker stopped.
-    Open,
+    /// Still written, or was when the broker stopped. The file was made this long before it was named
+    /// here, so a shorter one has lost its end.
+    Open {
+        file_bytes: u64,
+    },
     Cut(Cut),
     Sealed {
         last: LogIndex,
@@ -150,6 +154,7 @@ impl State {
                 uuid,
                 first,
                 epoch,
+                file_bytes,
             } => {
                 self.next_segment = self.next_segment.max(id.0 + 1);
                 let entry = SegmentEntry {
@@ -158,7 +163,9 @@ impl State {
                     first: *first,
                     epoch: *epoch,
                     contents: Contents::Whole,
-                    end: SegmentEnd::Open,
+                    end: SegmentEnd::Open {
+                        file_bytes: *file_bytes,
+                    },
                 };
                 self.segments.insert(*id, entry);
             }
@@ -227,11 +234,13 @@ impl State {
             .copied()
     }
 
-    /// Up to here every kept snapshot covers the log.
+    /// Up to here every kept snapshot covers the log. A single one covers nothing: were it damaged, the
+    /// whole log would have to be replayed.
     pub fn covered(&self) -> LogIndex {
-        self.snapshots
-            .first()
-            .map_or(LogIndex::NONE, |oldest| oldest.index)
+        match &self.snapshots[..] {
+            [oldest, _, ..] => oldest.index,
+            _ => LogIndex::NONE,
+        }
     }
 
     fn end_segments(&mut self, cut: &[(SegmentId, Cut)], dropped: &[SegmentId]) {
@@ -266,6 +275,14 @@ pub(crate) struct Manifest<S: Storage> {
     sequence: u64,
     previous_crc: u32,
     state: State,
+    torn: Option<Stretch>,
+}
+
+/// Bytes of the file that are not what they should be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stretch {
+    pub position: u64,
+    pub bytes: u64,
 }
 
 /// What a write of the manifest failed at; nothing is known about the record.
@@ -305,9 +322,6 @@ impl<S: Storage> Manifest<S> {
         file.sync_data().map_err(io)?;
         let bytes = read_all(&file).map_err(io)?;
         let folded = fold(&bytes)?;
-        if folded.sequence == 0 {
-            return Err(OpenError::ManifestDamaged { at: 0 });
-        }
         Ok(Manifest {
             storage,
             file,
@@ -317,7 +331,13 @@ impl<S: Storage> Manifest<S> {
             sequence: folded.sequence,
             previous_crc: folded.crc,
             state: folded.state,
+            torn: folded.torn,
         })
+    }
+
+    /// What stands behind the last good record: one that was torn, as far as anybody can tell.
+    pub fn torn(&self) -> Option<Stretch> {
+        self.torn
     }
 
     pub fn state(&self) -> &State {
@@ -398,12 +418,13 @@ impl<S: Storage> Manifest<S> {
             sequence,
             previous_crc: crc,
             state,
+            torn: None,
         })
     }
 }
 
-/// The state that the manifest's bytes tell, without a claim to write it; for offline tools.
-pub(crate) fn read_state(storage: &impl Storage) -> Result<State, OpenError> {
+/// What the manifest's bytes tell, without a claim to write it; for offline tools.
+pub(crate) fn read_state(storage: &impl Storage) -> Result<Folded, OpenError> {
     let io = |source| OpenError::Io {
         what: "read",
         file: NAME.into(),
@@ -411,7 +432,7 @@ pub(crate) fn read_state(storage: &impl Storage) -> Result<State, OpenError> {
     };
     let file = storage.open_read(NAME).map_err(io)?;
     let bytes = read_all(&file).map_err(io)?;
-    fold(&bytes).map(|folded| folded.state)
+    fold(&bytes)
 }
 
 impl State {
@@ -422,8 +443,12 @@ impl State {
     }
 }
 
-struct Folded {
-    state: State,
+pub(crate) struct Folded {
+    pub state: State,
+    /// Behind the last good record.
+    pub torn: Option<Stretch>,
+    /// Behind a good record's payload, within its block.
+    pub dirty_padding: Option<Stretch>,
     end: u64,
     sequence: u64,
     crc: u32,
@@ -432,6 +457,8 @@ struct Folded {
 fn fold(bytes: &[u8]) -> Result<Folded, OpenError> {
     let mut folded = Folded {
         state: State::default(),
+        torn: None,
+        dirty_padding: None,
         end: 0,
         sequence: 0,
         crc: 0,
@@ -445,15 +472,32 @@ fn fold(bytes: &[u8]) -> Result<Folded, OpenError> {
         folded.state.apply(&record.change, record.durable);
         folded.sequence = record.sequence;
         folded.crc = record.crc;
-        folded.end += record.bytes;
+        let (from, end) = (folded.end + record.used_bytes, folded.end + record.bytes);
+        let padding = bytes.get(from as usize..end as usize).unwrap_or_default();
+        folded.dirty_padding = folded.dirty_padding.or(nonzero(padding, from));
+        folded.end = end;
     }
     refuse_hole(bytes, &folded)?;
+    if folded.sequence == 0 {
+        return Err(OpenError::ManifestDamaged { at: 0 });
+    }
+    folded.torn = nonzero(behind(bytes, folded.end), folded.end);
     Ok(folded)
 }
 
-/// What follows `end`; nothing if the file was cut within the last record's padding.
+/// What follows `end`; nothing if the file was cut in its last record's padding.
 fn behind(bytes: &[u8], end: u64) -> &[u8] {
     bytes.get(end as usize..).unwrap_or_default()
+}
+
+/// From the first to the last byte that is not zero.
+fn nonzero(bytes: &[u8], position: u64) -> Option<Stretch> {
+    let first = bytes.iter().position(|&byte| byte != 0)?;
+    let last = bytes.iter().rposition(|&byte| byte != 0)?;
+    Some(Stretch {
+        position: position + first as u64,
+        bytes: (last - first + 1) as u64,
+    })
 }
 
 /// Good records behind the end were written after something that is bad now.
@@ -475,6 +519,8 @@ struct DecodedRecord {
     durable: LogIndex,
     previous_crc: u32,
     crc: u32,
+    used_bytes: u64,
+    /// In whole blocks.
     bytes: u64,
 }
 
@@ -505,6 +551,7 @@ fn decode(bytes: &[u8]) -> Result<Option<DecodedRecord>, OpenError> {
         durable: LogIndex(raw.durable.get()),
         previous_crc: raw.previous_crc.get(),
         crc: raw.crc.get(),
+        used_bytes: (size_of::<RawRecord>() + payload_bytes) as u64,
         bytes: (size_of::<RawRecord>() + payload_bytes).next_multiple_of(BLOCK_BYTES) as u64,
     }))
 }
@@ -602,6 +649,7 @@ mod tests {
             uuid: [id as u8; 16],
             first,
             epoch: 1,
+            file_bytes: 65536,
         }
     }
 
@@ -640,16 +688,26 @@ mod tests {
     }
 
     #[test]
-    fn a_file_that_ends_within_the_padding_of_its_last_record_is_read_and_goes_on() {
+    fn a_file_that_was_cut_in_its_last_padding_is_whole() {
         let storage = SimStorage::new(1);
         let mut manifest = create(&storage);
         manifest.append(began(1), LogIndex(1)).unwrap();
-        let file = storage.open(NAME).unwrap();
-        file.set_len(at(1) + 512).unwrap();
+        storage.open(NAME).unwrap().set_len(at(1) + 500).unwrap();
         let mut again = read(&storage).unwrap();
         assert_eq!(again.state(), manifest.state());
         again.append(began(2), LogIndex(2)).unwrap();
         assert_eq!(read(&storage).unwrap().state(), again.state());
+    }
+
+    #[test]
+    fn a_file_without_a_record_is_damage() {
+        let storage = SimStorage::new(1);
+        let manifest = create(&storage);
+        drop(manifest);
+        storage.open(NAME).unwrap().set_len(0).unwrap();
+        for refused in [read(&storage).map(drop), read_state(&storage).map(drop)] {
+            assert!(matches!(refused, Err(OpenError::ManifestDamaged { at: 0 })));
+        }
     }
 
     #[test]

@@ -52,6 +52,11 @@ impl<S: Storage> LogReader<S> {
         Ok(rows)
     }
 
+    /// The lost entries that may have held an offset for which there is no row; `None` if it was let go.
+    pub fn lost_with(&self, topic: u32, offset: u64) -> Option<IndexRange> {
+        self.tables.read().lost_with(topic, offset)
+    }
+
     /// Offset of the topic's first message with a stamp of at least `stamp`.
     pub fn offset_at_stamp(&self, topic: u32, stamp: u64) -> Result<Option<u64>, ReadError> {
         let (sealed, open) = {
@@ -182,11 +187,16 @@ fn read_record<F: StorageFile>(
         header,
         position: spot.position(),
     };
-    let (head, at) = entry.seek(place.record).map_err(|miss| match miss {
-        Miss::Absent => ReadError::NotFound(place.index),
-        Miss::Damaged => damaged(),
-        Miss::Read(error) => error,
-    })?;
+    let (head, at) = match entry.seek(place.record) {
+        Ok(found) => found,
+        Err(Miss::Damaged) => return Err(damaged()),
+        Err(Miss::Read(error)) => return Err(error),
+        // Only an entry that is whole can say what it does not have.
+        Err(Miss::Absent) => {
+            segment.read_entry(spot, &mut Vec::new())?;
+            return Err(ReadError::NotFound(place.index));
+        }
+    };
     let body_at = at + RECORD_HEADER_BYTES;
     if body_at + head.body_bytes() > entry.header.used_bytes() {
         return Err(damaged());

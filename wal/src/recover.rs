@@ -4,30 +4,31 @@
 //! or a snapshot says is durable, bad bytes above V are a torn tail, which is saved aside and cut; bad bytes
 //! at or below V are damage to acknowledged data, which is never cut and never deleted.
 //!
-//! Order of effects, so that a crash at any point is harmless: read everything; save torn bytes; raise the
-//! epoch and record every cut in one manifest record; only then delete what the manifest does not name.
-//! A damaged log gets no write at all.
+//! Order of effects, so that a crash at any point is harmless: read everything and fold it; save torn bytes;
+//! raise the epoch and record every cut in one manifest record; only then delete what the manifest does not
+//! name. A log that is damaged, or that holds what this version cannot read, gets no write at all.
 
-mod folder;
+pub(crate) mod folder;
 pub(crate) mod judge;
 mod report;
 
+use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use self::folder::Folder;
-use self::judge::Judged;
-pub use self::report::{EntryDamage, RecoveryReport, SegmentDamage, TornTail};
+use self::folder::{Folder, FolderNames};
+pub use self::report::{EntryDamage, RecoveryReport, SegmentDamage, TornManifest, TornTail};
 use crate::buffer::BufferPool;
 use crate::entry::LogIndex;
 use crate::error::OpenError;
 use crate::info::LogStats;
 use crate::log::{Health, Log};
-use crate::manifest::{Change, Manifest, State};
+use crate::manifest::{Change, Cut, Manifest, State};
 use crate::options::Options;
 use crate::planted::{self, Bug};
+use crate::segment::SegmentId;
 use crate::snapshot::{Snapshot, SnapshotError};
 use crate::storage::{Storage, StorageFile};
 use crate::watermark::Watermark;
@@ -35,19 +36,18 @@ use crate::watermark::Watermark;
 /// An open log, to be replayed before it is written.
 pub struct Opened<S: Storage> {
     pub log: Log<S>,
-    pub report: RecoveryReport,
     /// The newest readable snapshot, all of it verified; replay begins behind it.
     pub snapshot: Option<Snapshot<S>>,
 }
 
 impl<S: Storage> Log<S> {
-    /// Recovers what is in the folder, or begins a new store in an empty one. Raises the recovery
-    /// epoch durably, unless the log is damaged.
+    /// Judges what is in the folder, or begins a new store in an empty one. An existing one is not
+    /// written to before [`Log::replay`] has read all of it.
     pub fn open(storage: S, options: Options) -> Result<Opened<S>, OpenError> {
         options.check()?;
         let pool = BufferPool::new(options.buffer_bytes_idle);
         let folder = Folder::list(&storage, options.segment_bytes)?;
-        let mut manifest = if folder.has_manifest {
+        let manifest = if folder.has_manifest {
             storage
                 .sync_dir()
                 .map_err(|source| io_error("sync", ".", source))?;
@@ -67,11 +67,12 @@ impl<S: Storage> Log<S> {
         let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
         let found = judge::find(&storage, manifest.state(), replay_from)?;
         let judged = found.judge(manifest.state(), &mut report);
-        if judged.damage.is_none() {
-            start(&storage, &options, &mut manifest, &judged, &mut report)?;
-            folder.delete_unnamed(&storage, manifest.state());
-        }
         report.epoch = manifest.state().epoch;
+        report.torn_manifest = manifest.torn().map(|torn| TornManifest {
+            position: torn.position,
+            bytes: torn.bytes,
+            saved_as: None,
+        });
         let next_snapshot = 1 + folder.last_snapshot.max(
             manifest
                 .state()
@@ -82,15 +83,23 @@ impl<S: Storage> Log<S> {
         let durable = judged.durable;
         let log = Log {
             health: judged.damage.map_or(Health::Unreplayed, Health::Damaged),
+            start: judged.damage.is_none().then_some(Start {
+                cut: judged.cuts,
+                dropped: judged.dropped,
+                names: folder.names,
+            }),
+            report,
             predecessor: judged.predecessor,
             ended: judged.ended,
             tables: Arc::new(RwLock::new(judged.tables)),
             retirement: judged.retirement,
             watermark: Watermark::new(durable),
             active: None,
+            damaged: BTreeSet::new(),
             next_spare: folder.next_spare,
             spares: folder.spares.into(),
             next_snapshot,
+            older_snapshot: older_snapshot(&storage, manifest.state(), snapshot.as_ref()),
             newest_snapshot: snapshot.clone(),
             durable,
             applied: replay_from,
@@ -102,59 +111,73 @@ impl<S: Storage> Log<S> {
             pool,
             manifest,
         };
-        Ok(Opened {
-            log,
-            report,
-            snapshot,
-        })
+        Ok(Opened { log, snapshot })
+    }
+
+    /// Makes the new epoch and all cuts durable, and deletes what nothing names.
+    pub(crate) fn begin_epoch(&mut self) -> Result<(), OpenError> {
+        let Some(start) = self.start.take() else {
+            return Ok(());
+        };
+        let state = self.manifest.state();
+        let epoch = state.epoch + 1;
+        for tail in &mut self.report.torn {
+            let Some(source) = state.file_name(tail.segment) else {
+                continue;
+            };
+            let name = format!("torn-{:016x}-{epoch:08x}.bin", tail.segment.0);
+            tail.saved_as = save_aside(&self.storage, &source, (tail.position, tail.bytes), name)?;
+        }
+        if let Some(torn) = &mut self.report.torn_manifest {
+            let name = format!("torn-manifest-{epoch:08x}.bin");
+            let stretch = (torn.position, torn.bytes);
+            torn.saved_as = save_aside(&self.storage, crate::manifest::NAME, stretch, name)?;
+        }
+        let change = Change::Started {
+            epoch: state.epoch + u32::from(!planted::is(Bug::NoRecoveryEpoch)),
+            cut: start.cut,
+            dropped: start.dropped,
+            lost_snapshots: self.report.snapshots_lost.clone(),
+        };
+        self.manifest
+            .append(change, self.durable)
+            .map_err(|error| start_error(&self.options, error.0))?;
+        self.report.epoch = self.manifest.state().epoch;
+        start
+            .names
+            .delete_unnamed(&self.storage, self.manifest.state());
+        Ok(())
     }
 }
 
-/// Makes the new epoch and all cuts durable.
-fn start<S: Storage>(
-    storage: &S,
-    options: &Options,
-    manifest: &mut Manifest<S>,
-    judged: &Judged<S::File>,
-    report: &mut RecoveryReport,
-) -> Result<(), OpenError> {
-    for tail in &mut report.torn {
-        tail.saved_as = save_aside(storage, manifest.state(), tail)?;
-    }
-    let change = Change::Started {
-        epoch: manifest.state().epoch + u32::from(!planted::is(Bug::NoRecoveryEpoch)),
-        cut: judged.cuts.clone(),
-        dropped: judged.dropped.clone(),
-        lost_snapshots: report.snapshots_lost.clone(),
-    };
-    manifest
-        .append(change, judged.durable)
-        .map_err(|error| start_error(options, error.0))
+/// What recovery does once all is read and folded.
+pub(crate) struct Start {
+    cut: Vec<(SegmentId, Cut)>,
+    /// Open segments without any entry.
+    dropped: Vec<SegmentId>,
+    names: FolderNames,
 }
 
 /// Copies torn bytes into a file of their own; without room for it they are only reported.
 fn save_aside<S: Storage>(
     storage: &S,
-    state: &State,
-    tail: &TornTail,
+    source_name: &str,
+    (position, bytes): (u64, u64),
+    name: String,
 ) -> Result<Option<String>, OpenError> {
-    let Some(source_name) = state.file_name(tail.segment) else {
-        return Ok(None);
-    };
-    let name = format!("torn-{:016x}-{:08x}.bin", tail.segment.0, state.epoch + 1);
     let copy = || {
         match storage.remove(&name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => {}
         }
-        let source = storage.open(&source_name)?;
+        let source = storage.open(source_name)?;
         let target = storage.create(&name)?;
-        let most = tail.bytes.min(COPY_BYTES as u64);
+        let most = bytes.min(COPY_BYTES as u64);
         let mut chunk = vec![0; most as usize];
         let mut at = 0;
-        while at < tail.bytes {
-            let step = most.min(tail.bytes - at) as usize;
-            let read = source.read_uncached_at(tail.position + at, &mut chunk[..step])?;
+        while at < bytes {
+            let step = most.min(bytes - at) as usize;
+            let read = source.read_uncached_at(position + at, &mut chunk[..step])?;
             target.write_at(at, &chunk[..read])?;
             at += step as u64;
         }
@@ -187,6 +210,7 @@ pub(crate) fn choose_snapshot<S: Storage>(
                     return Ok(Some(snapshot));
                 }
             }
+            Err(SnapshotError::NewerFormat { found, .. }) => return Err(newer(found)),
             // A disk that fails now may not fail the next time; what is lost is lost for good.
             Err(SnapshotError::Io { file, source, .. }) if !is_missing(&source) => {
                 return Err(io_error("read", &file, source));
@@ -210,6 +234,26 @@ fn is_missing(error: &io::Error) -> bool {
     kind == io::ErrorKind::NotFound || kind == io::ErrorKind::UnexpectedEof
 }
 
+/// The generation before the one that is used. Its chunks are not read: where one is damaged, the newer
+/// generation is still whole.
+fn older_snapshot<S: Storage>(
+    storage: &S,
+    state: &State,
+    newest: Option<&Snapshot<S>>,
+) -> Option<Snapshot<S>> {
+    let newest = newest?.info().number;
+    let mut older = state.snapshots.iter().rev();
+    let named = older.find(|named| named.number < newest)?;
+    Snapshot::open(storage.clone(), state.store, named.number).ok()
+}
+
+fn newer(found: u16) -> OpenError {
+    OpenError::NewerFormat {
+        found,
+        known: FORMAT,
+    }
+}
+
 fn start_error(options: &Options, source: io::Error) -> OpenError {
     match source.kind() {
         io::ErrorKind::StorageFull => OpenError::DiskFull {
@@ -231,3 +275,5 @@ fn io_error(what: &'static str, file: &str, source: io::Error) -> OpenError {
 }
 
 const COPY_BYTES: usize = 1 << 20;
+/// The format of segments, entries and snapshots that this version reads and writes.
+const FORMAT: u16 = 1;

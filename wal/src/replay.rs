@@ -1,10 +1,10 @@
 //! Folding what was recovered: every entry behind the snapshot, in order.
 //!
 //! Stops at the first damage that nobody accepted: what follows it must not be applied, because it was
-//! decided on a state that cannot be known any more.
+//! decided on a state that cannot be known any more. Only when all is folded is anything written.
 
 use crate::entry::{EntryKind, LogIndex, Place};
-use crate::error::{IndexRange, LogError, ReadError};
+use crate::error::{IndexRange, LogError, OpenError, ReadError};
 use crate::log::{Health, Log, RowSink};
 use crate::record::Records;
 use crate::retire::Held;
@@ -45,6 +45,19 @@ impl<'a> ReplayEntry<'a> {
     }
 }
 
+/// Why replay came to no end.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplayError<E> {
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// All is folded, but the new epoch could not be written.
+    #[error(transparent)]
+    Start(OpenError),
+    /// What `apply` said.
+    #[error("an entry cannot be applied")]
+    Apply(E),
+}
+
 /// How replay ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplayEnd {
@@ -56,11 +69,12 @@ pub enum ReplayEnd {
 
 impl<S: Storage> Log<S> {
     /// Hands every entry behind the snapshot to `apply`, which adds the rows it decides on to the sink;
-    /// blank entries are left out. Afterwards the log takes writes, unless it is damaged.
-    pub fn replay(
+    /// blank entries are left out. Afterwards the log takes writes, unless it is damaged. An error of
+    /// `apply` ends the replay, and nothing has been written.
+    pub fn replay<E>(
         &mut self,
-        mut apply: impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>),
-    ) -> Result<ReplayEnd, LogError> {
+        mut apply: impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+    ) -> Result<ReplayEnd, ReplayError<E>> {
         if matches!(self.health, Health::Good | Health::Poisoned) {
             self.check_writable()?;
             return Ok(ReplayEnd::Healthy);
@@ -77,16 +91,17 @@ impl<S: Storage> Log<S> {
             self.health = Health::Damaged(range);
             return Ok(ReplayEnd::Damaged { range });
         }
+        self.begin_epoch().map_err(ReplayError::Start)?;
         self.health = Health::Good;
         self.seal_ended(0)?;
         Ok(ReplayEnd::Healthy)
     }
 
-    fn replay_segment(
+    fn replay_segment<E>(
         &mut self,
         segment: &Segment<S::File>,
-        apply: &mut impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>),
-    ) -> Result<Option<IndexRange>, LogError> {
+        apply: &mut impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+    ) -> Result<Option<IndexRange>, ReplayError<E>> {
         if segment.contents == Contents::Sparse {
             let first = segment.first.max(self.applied.next());
             return Ok(Some(IndexRange {
@@ -95,7 +110,12 @@ impl<S: Storage> Log<S> {
             }));
         }
         let mut entry = Vec::new();
-        for spot in segment.spots_after(self.applied)? {
+        let spots = match segment.spots_after(self.applied) {
+            Ok(spots) => spots,
+            Err(ReadError::Damaged(range)) => return Ok(Some(range)),
+            Err(error) => return Err(LogError::from(error).into()),
+        };
+        for spot in spots {
             if let Some(range) = self.gap_to(spot.index) {
                 return Ok(Some(range));
             }
@@ -107,17 +127,15 @@ impl<S: Storage> Log<S> {
                         epoch: header.epoch,
                         records,
                     };
-                    apply(
-                        replayed,
-                        &mut RowSink {
-                            tables: &self.tables,
-                        },
-                    );
+                    let mut rows = RowSink {
+                        tables: &self.tables,
+                    };
+                    apply(replayed, &mut rows).map_err(ReplayError::Apply)?;
                 }
                 Ok(_) => {}
                 Err(ReadError::Damaged(_)) if self.manifest.state().is_skipped(spot.index) => {}
                 Err(ReadError::Damaged(range)) => return Ok(Some(range)),
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(LogError::from(error).into()),
             }
             self.applied = spot.index;
         }

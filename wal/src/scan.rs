@@ -35,6 +35,10 @@ pub(crate) struct Scan {
     pub used_end: u64,
     /// Behind the last good entry.
     pub entries_end: u64,
+    /// How far the file was looked at.
+    pub file_bytes: u64,
+    /// The format of the first entry that a newer version wrote.
+    pub newer: Option<u16>,
 }
 
 /// Which segment is walked.
@@ -64,6 +68,8 @@ pub(crate) fn scan<F: StorageFile>(file: &F, expect: Expect) -> io::Result<Scan>
         defect: None,
         used_end: ENTRIES_START,
         entries_end: ENTRIES_START,
+        file_bytes: end,
+        newer: None,
     };
     let mut at = ENTRIES_START;
     while at < end {
@@ -84,6 +90,9 @@ impl Scan {
         let (header, crc) = match header_at(block, expect, at) {
             Ok(found) => found,
             Err(defect) => {
+                if self.newer.is_none() {
+                    self.newer = EntryHeader::newer(block, expect.uuid, expect.epoch, at);
+                }
                 let sealing = is_directory_block(block, expect.uuid) || is_footer(block);
                 if !sealing && block.iter().any(|&byte| byte != 0) {
                     self.used_end = at + block.len() as u64;

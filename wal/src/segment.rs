@@ -96,7 +96,8 @@ impl SegmentHeader {
         let contents = match (raw.version.get(), raw.flags.get(), raw.checksum.get()) {
             (VERSION, 0, CHECKSUM) => Contents::Whole,
             (VERSION, 1, CHECKSUM) => Contents::Sparse,
-            _ => return Err(SegmentDefect::Version),
+            (VERSION, ..) => return Err(SegmentDefect::Version(VERSION + 1)),
+            (found, ..) => return Err(SegmentDefect::Version(found)),
         };
         Ok(SegmentHeader {
             store: raw.store,
@@ -164,7 +165,7 @@ impl Footer {
             return Err(SegmentDefect::Footer);
         }
         if raw.version.get() != VERSION {
-            return Err(SegmentDefect::Version);
+            return Err(SegmentDefect::Version(raw.version.get()));
         }
         Ok(Footer {
             uuid: raw.uuid,
@@ -241,8 +242,8 @@ pub enum SegmentDefect {
     Footer,
     #[error("the directory is damaged in both copies")]
     Directory,
-    #[error("the segment has a newer format")]
-    Version,
+    #[error("the segment has a newer format ({0})")]
+    Version(u16),
     #[error("the file is another segment than the manifest names")]
     Foreign,
 }

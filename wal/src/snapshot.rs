@@ -2,8 +2,8 @@
 //!
 //! Owns the snapshot file and the job that writes one off the hot path. A snapshot is a table of all
 //! live chunks, each with the file that holds it; its own file holds the chunks that changed since
-//! the snapshot before, and the table. So a snapshot needs its own file and some older ones, and
-//! [`SnapshotInfo::files`] says which.
+//! the snapshot before the last, and the table. So a snapshot needs its own file and some older ones,
+//! and [`SnapshotInfo::files`] says which; the two generations that are kept share none.
 //!
 //! ```text
 //! block 0     header
@@ -35,7 +35,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use thiserror::Error;
 
-pub use self::job::{SnapshotDone, SnapshotJob};
+pub use self::job::{Base, SnapshotDone, SnapshotJob};
 use self::layout::{Header, decode_table, table_blocks};
 use crate::entry::LogIndex;
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile, read_exact_at};
@@ -151,6 +151,77 @@ impl<S: Storage> Snapshot<S> {
     pub fn verify(&self) -> Result<(), SnapshotError> {
         self.chunks().try_for_each(|chunk| chunk.map(drop))
     }
+}
+
+/// What is wrong with one file of a snapshot, whether or not something makes up for it.
+pub(crate) fn flaws<S: Storage>(
+    storage: &S,
+    store: [u8; 16],
+    number: u64,
+) -> Result<Vec<Flaw>, SnapshotError> {
+    let snapshot = Snapshot::open(storage.clone(), store, number)?;
+    let name = file_name(number);
+    let io = |source| SnapshotError::Io {
+        what: "read",
+        file: name.clone(),
+        source,
+    };
+    let file = storage.open_read(&name).map_err(io)?;
+    let header = read_header(&file, &name, number).map_err(|e| e.or(io))?;
+    let mut flaws = Vec::new();
+    let table_bytes = table_blocks(header.files, header.chunks);
+    let table_at = |copy| header.table_offset + copy * table_bytes;
+    if file.len().map_err(io)? < table_at(2) + BLOCK_BYTES as u64 {
+        flaws.push(Flaw::Short);
+    }
+    for (copy, at) in [(0, 0), (1, table_at(2))] {
+        let mut block = vec![0; BLOCK_BYTES];
+        file.read_at(at, &mut block).map_err(io)?;
+        if Header::decode(&block) != Ok(Some(header)) {
+            flaws.push(Flaw::HeaderCopy(copy));
+        }
+    }
+    for copy in 0..2 {
+        let mut raw = vec![0; usize::try_from(table_bytes).unwrap_or(0)];
+        file.read_at(table_at(copy), &mut raw).map_err(io)?;
+        if decode_table(&header, &raw).is_none() {
+            flaws.push(Flaw::TableCopy(copy));
+        }
+    }
+    let mut reader = ChunkReader::new(storage);
+    let own = snapshot
+        .table
+        .chunks
+        .iter()
+        .filter(|(_, place)| place.file == number);
+    for (&id, place) in own {
+        if reader.read(id, place).is_err() {
+            flaws.push(Flaw::Chunk(id));
+        }
+    }
+    let padding_at = BLOCK_BYTES as u64 + header.chunk_bytes;
+    let padding = header.table_offset.saturating_sub(padding_at);
+    let mut raw = vec![0; usize::try_from(padding).unwrap_or(0)];
+    file.read_at(padding_at, &mut raw).map_err(io)?;
+    if raw.iter().any(|&byte| byte != 0) {
+        flaws.push(Flaw::Padding);
+    }
+    Ok(flaws)
+}
+
+/// See [`flaws`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+pub enum Flaw {
+    #[error("copy {0} of its header is bad")]
+    HeaderCopy(u64),
+    #[error("copy {0} of its table is bad")]
+    TableCopy(u64),
+    #[error("chunk {} is bad", .0.0)]
+    Chunk(ChunkId),
+    #[error("its padding is not zero")]
+    Padding,
+    #[error("it is shorter than it was")]
+    Short,
 }
 
 /// Which chunks there are and where.

@@ -7,7 +7,7 @@
 //! Invariants: segments do not overlap; sealed ones come before open ones; a topic's offsets ascend with
 //! the segments.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
 
@@ -89,6 +89,24 @@ impl<F: StorageFile> Segment<F> {
         }
     }
 
+    /// The topic's first offset in it.
+    fn start_of(&self, topic: u32) -> Option<u64> {
+        match &self.body {
+            Body::Open { table, .. } => Some(table.read().topics.get(&topic)?.first()?.base),
+            Body::Sealed(sealed) => Some(sealed.span(topic)?.first_offset),
+            Body::Lost { .. } => None,
+        }
+    }
+
+    /// The offset behind the topic's last one in it.
+    fn end_of(&self, topic: u32) -> Option<u64> {
+        match &self.body {
+            Body::Open { table, .. } => Some(table.read().topics.get(&topic)?.last()?.end()),
+            Body::Sealed(sealed) => Some(sealed.span(topic)?.end_offset),
+            Body::Lost { .. } => None,
+        }
+    }
+
     /// Where the entry stands; `None` if the segment does not have it.
     pub fn spot(&self, index: LogIndex) -> Result<Option<Spot>, ReadError> {
         match &self.body {
@@ -132,7 +150,8 @@ impl<F: StorageFile> Segment<F> {
             filled => filled?,
         }
         let Ok((header, _)) = EntryHeader::decode(buf) else {
-            return Err(damaged);
+            let newer = EntryHeader::newer(buf, self.uuid, self.epoch, spot.position());
+            return Err(newer.map_or(damaged, |found| ReadError::NewerFormat { found }));
         };
         let expected = (spot.index, self.uuid, spot.position());
         let here = (header.index, header.segment, header.position) == expected;
@@ -219,6 +238,8 @@ pub(crate) struct Tables<F> {
     topics: BTreeMap<u32, BTreeMap<u64, LogIndex>>,
     /// Entries that recovery found damaged in open segments.
     damaged: Vec<IndexRange>,
+    /// The lost segments among them.
+    lost: BTreeSet<LogIndex>,
 }
 
 impl<F: StorageFile> Tables<F> {
@@ -227,6 +248,7 @@ impl<F: StorageFile> Tables<F> {
             segments: BTreeMap::new(),
             topics: BTreeMap::new(),
             damaged: Vec::new(),
+            lost: BTreeSet::new(),
         }
     }
 
@@ -239,11 +261,15 @@ impl<F: StorageFile> Tables<F> {
                 .or_default()
                 .insert(span.first_offset, segment.first);
         }
+        if let Body::Lost { .. } = segment.body {
+            self.lost.insert(segment.first);
+        }
         self.segments.insert(segment.first, segment);
     }
 
     pub fn remove(&mut self, first: LogIndex) -> Option<Held<Segment<F>>> {
         let segment = self.segments.remove(&first)?;
+        self.lost.remove(&first);
         for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
             if let Some(firsts) = self.topics.get_mut(&span.topic) {
                 firsts.remove(&span.first_offset);
@@ -280,6 +306,25 @@ impl<F: StorageFile> Tables<F> {
             .range(..=index)
             .next_back()
             .map(|(_, segment)| segment)
+    }
+
+    /// The lost segment that may have held an offset without a row: one between the topic's last row before
+    /// the offset and its first behind it.
+    pub fn lost_with(&self, topic: u32, offset: u64) -> Option<IndexRange> {
+        let mut suspects = self
+            .lost
+            .iter()
+            .filter_map(|first| self.segments.get(first));
+        let found = suspects.find(|lost| {
+            let before = self.segments.range(..lost.first).rev();
+            let end = before
+                .into_iter()
+                .find_map(|(_, segment)| segment.end_of(topic));
+            let mut behind = self.segments.range(lost.first.next()..);
+            let start = behind.find_map(|(_, segment)| segment.start_of(topic));
+            end.is_none_or(|end| end <= offset) && start.is_none_or(|start| offset < start)
+        });
+        found.map(|lost| lost.range())
     }
 
     /// The segments that may hold the topic's offsets from `offset` on, in order; open ones always.

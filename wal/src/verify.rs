@@ -4,19 +4,21 @@
 //! agree with them. Verifying and dumping write nothing. Salvage writes one manifest record for each
 //! loss that the operator accepts, and deletes nothing.
 
+use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use crate::buffer::BufferPool;
 use crate::directory::bad_blocks;
 use crate::entry::{EntryHeader, LogIndex};
 use crate::error::{IndexRange, OpenError, ReadError};
-use crate::manifest::{Change, Manifest, State, read_state};
+use crate::manifest::{Change, Folded, Manifest, SegmentEnd, State, read_state};
 use crate::options::Options;
 use crate::record::Records;
+use crate::recover::folder::Folder;
 use crate::recover::judge::{self, Judged};
 use crate::recover::{RecoveryReport, choose_snapshot};
-use crate::segment::{Contents, Footer, SegmentDefect, SegmentHeader, SegmentId};
-use crate::snapshot::Snapshot;
+use crate::segment::{Contents, SegmentDefect, SegmentHeader, SegmentId};
+use crate::snapshot::{Flaw, Snapshot, flaws};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, SealedBody, Segment};
 
@@ -59,8 +61,16 @@ pub enum Wrong {
     Digest,
     #[error("the segment header is damaged")]
     Header,
-    #[error("snapshot {0} cannot be read")]
-    Snapshot(u64),
+    #[error("it is {bytes} bytes long and was {expected}")]
+    Short { bytes: u64, expected: u64 },
+    #[error("it is damaged: {0}")]
+    Snapshot(Flaw),
+    #[error("it cannot be read as a part of a snapshot")]
+    SnapshotFile,
+    #[error("{bytes} bytes behind the last good record, at byte {position}")]
+    TornRecord { position: u64, bytes: u64 },
+    #[error("padding is not zero at byte {position}")]
+    Padding { position: u64 },
 }
 
 /// What a finding means for who uses the log.
@@ -91,20 +101,100 @@ impl VerifyReport {
 
 /// Reads every byte that counts and compares every checksum.
 pub fn verify<S: Storage>(storage: &S) -> Result<VerifyReport, OpenError> {
-    let state = read_state(storage)?;
-    let log = Inspected::of(storage, &state)?;
+    let manifest = read_manifest(storage)?;
+    let state = &manifest.state;
+    let log = Inspected::of(storage, state)?;
     let mut report = VerifyReport {
         store: state.store,
         epoch: state.epoch,
         snapshot: log.report.snapshot,
         ..VerifyReport::default()
     };
-    log.recovery_findings(&state, &mut report);
+    manifest_findings(&manifest, &mut report);
+    log.recovery_findings(state, &mut report);
+    verify_snapshots(storage, state, &mut report);
     for segment in log.judged.tables.iter() {
         report.segments += 1;
         log.verify_segment(segment, &mut report)?;
+        verify_length(storage, state, segment, &mut report)?;
     }
     Ok(report)
+}
+
+/// The manifest of a folder that has one and no segment that it does not know.
+fn read_manifest<S: Storage>(storage: &S) -> Result<Folded, OpenError> {
+    let folder = Folder::list(storage, 0)?;
+    if !folder.has_manifest {
+        folder.refuse_remains()?;
+    }
+    let manifest = read_state(storage)?;
+    folder.refuse_strangers(storage, &manifest.state)?;
+    Ok(manifest)
+}
+
+fn manifest_findings(manifest: &Folded, report: &mut VerifyReport) {
+    let torn = manifest.torn.map(|torn| Wrong::TornRecord {
+        position: torn.position,
+        bytes: torn.bytes,
+    });
+    let padding = manifest.dirty_padding.map(|dirty| Wrong::Padding {
+        position: dirty.position,
+    });
+    let findings = torn.into_iter().chain(padding).map(|what| Finding {
+        file: crate::manifest::NAME.to_owned(),
+        what,
+        harm: Harm::None,
+    });
+    report.findings.extend(findings);
+}
+
+/// Every file that a kept snapshot needs. A bad one is made up for by the other generation.
+fn verify_snapshots<S: Storage>(storage: &S, state: &State, report: &mut VerifyReport) {
+    let files = state.snapshots.iter().flat_map(|snapshot| &snapshot.files);
+    for file in files.collect::<BTreeSet<_>>() {
+        let number = crate::snapshot::number_of(file).unwrap_or_default();
+        let wrong = match flaws(storage, state.store, number) {
+            Ok(flaws) => flaws.into_iter().map(Wrong::Snapshot).collect(),
+            Err(_) => vec![Wrong::SnapshotFile],
+        };
+        report
+            .findings
+            .extend(wrong.into_iter().map(|what| Finding {
+                file: file.clone(),
+                what,
+                harm: Harm::None,
+            }));
+    }
+}
+
+/// A segment has the length that it was made or sealed with.
+fn verify_length<S: Storage>(
+    storage: &S,
+    state: &State,
+    segment: &Segment<S::File>,
+    report: &mut VerifyReport,
+) -> Result<(), OpenError> {
+    let expected = match state.segments.get(&segment.id).map(|named| named.end) {
+        Some(SegmentEnd::Open { file_bytes } | SegmentEnd::Sealed { file_bytes, .. }) => file_bytes,
+        Some(SegmentEnd::Cut(_)) | None => return Ok(()),
+    };
+    if let Body::Lost { .. } = segment.body {
+        return Ok(());
+    }
+    let length = storage.open_read(&segment.name).and_then(|file| file.len());
+    let bytes = length.map_err(|source| OpenError::Io {
+        what: "read",
+        file: segment.name.clone(),
+        source,
+    })?;
+    if bytes < expected {
+        report.findings.push(Finding {
+            file: segment.name.clone(),
+            what: Wrong::Short { bytes, expected },
+            harm: Harm::None,
+        });
+    }
+    Ok(())
 }
 
 /// One thing that a dump shows.
@@ -129,7 +219,7 @@ pub fn dump<S: Storage>(
     from: LogIndex,
     mut show: impl FnMut(Dumped<'_>) -> ControlFlow<()>,
 ) -> Result<(), OpenError> {
-    let state = read_state(storage)?;
+    let state = read_manifest(storage)?.state;
     let log = Inspected::of(storage, &state)?;
     for segment in log
         .judged
@@ -240,13 +330,6 @@ impl<F: StorageFile> Inspected<F> {
                 harm: Harm::None,
             });
         }
-        for &number in &self.report.snapshots_lost {
-            report.findings.push(Finding {
-                file: crate::snapshot::file_name(number),
-                what: Wrong::Snapshot(number),
-                harm: Harm::None,
-            });
-        }
     }
 
     fn verify_segment(
@@ -280,8 +363,10 @@ impl<F: StorageFile> Inspected<F> {
                 harm,
             });
         };
-        if let Some(sealed) = segment.sealed() {
+        if !matches!(segment.body, Body::Lost { .. }) {
             verify_header(segment, &mut find)?;
+        }
+        if let Some(sealed) = segment.sealed() {
             verify_copies(segment, sealed, &mut find)?;
             if damaged.is_empty() && digest.digest128().to_le_bytes() != sealed.footer.digest {
                 find(Wrong::Digest, Harm::None);
@@ -376,7 +461,9 @@ fn verify_header<F: StorageFile>(
 ) -> Result<(), OpenError> {
     let mut block = [0; BLOCK_BYTES];
     read(segment, 0, &mut block)?;
-    if SegmentHeader::decode(&block).map(|header| header.uuid) != Ok(segment.uuid) {
+    let whole = SegmentHeader::decode(&block)
+        .is_ok_and(|header| header.uuid == segment.uuid && header.encode() == block);
+    if !whole {
         // The manifest and the footers say the same.
         find(Wrong::Header, Harm::None);
     }
@@ -397,7 +484,7 @@ fn verify_copies<F: StorageFile>(
         if blocks > 0 {
             find(Wrong::DirectoryCopy { copy, blocks }, Harm::None);
         }
-        if Footer::decode(footer) != Ok(sealed.footer) {
+        if *footer != sealed.footer.encode() {
             find(Wrong::FooterCopy(copy), Harm::None);
         }
     }

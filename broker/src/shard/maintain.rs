@@ -152,6 +152,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             Done::Clean(result) => {
                 self.maintenance.clean_running = false;
                 if let Some(done) = unless_full(result, "a segment could not be cleaned")? {
+                    if let Some(range) = done.damaged() {
+                        tracing::warn!(%range, "a segment is damaged and is not cleaned");
+                    }
                     unless_overtaken(self.log.install_cleaned(done))?;
                 }
             }
@@ -206,6 +209,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             }
             match live {
                 None => dead.push(segment.id),
+                Some(_) if segment.damaged => {}
                 Some(_) => mostly_dead = mostly_dead.or(Some(segment)),
             }
         }

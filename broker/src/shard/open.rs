@@ -6,7 +6,7 @@ use millpond_queue::{Effect, Queue, Record, RecordError};
 use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
-    Log, LogError, OpenError, Options, RecoveryReport, ReplayEnd, ReplayRecord, Row,
+    Log, LogError, OpenError, Options, RecoveryReport, ReplayEnd, ReplayError, ReplayRecord, Row,
 };
 
 use super::answer::{Origin, row_of};
@@ -78,12 +78,11 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             records: 0,
             bytes: 0,
             effects: Vec::new(),
-            failed: None,
         };
         let end = fold.replay(&mut opened.log)?;
         let damaged = matches!(end, ReplayEnd::Damaged { .. });
         let recovered = Recovered {
-            report: opened.report,
+            report: opened.log.report().clone(),
             replayed_records: fold.records,
             replayed_bytes: fold.bytes,
             damaged,
@@ -147,26 +146,23 @@ struct Fold {
     records: u64,
     bytes: u64,
     effects: Vec<Effect>,
-    failed: Option<RecordError>,
 }
 
 impl Fold {
     fn replay<S: Storage>(&mut self, log: &mut Log<S>) -> Result<ReplayEnd, OpenShardError> {
         let end = log.replay(|entry, rows| {
             for record in entry.records() {
-                if self.failed.is_some() {
-                    return;
-                }
-                match self.fold(&record) {
-                    Ok(row) => row.into_iter().for_each(|row| rows.add(row)),
-                    Err(error) => self.failed = Some(error),
-                }
+                self.fold(&record)?
+                    .into_iter()
+                    .for_each(|row| rows.add(row));
             }
-        })?;
-        match self.failed.take() {
-            Some(error) => Err(error.into()),
-            None => Ok(end),
-        }
+            Ok(())
+        });
+        end.map_err(|error| match error {
+            ReplayError::Log(error) => OpenShardError::Replay(error),
+            ReplayError::Start(error) => OpenShardError::Log(error),
+            ReplayError::Apply(error) => OpenShardError::Record(error),
+        })
     }
 
     /// Applies one record; nobody is there to be told of its outcome.

@@ -11,13 +11,20 @@ use crate::snapshot;
 use crate::spare::{Spare, SpareName, parse_spare_name};
 use crate::storage::{Storage, StorageFile};
 
-pub(super) struct Folder {
+pub(crate) struct Folder {
     pub has_manifest: bool,
     pub spares: Vec<Spare>,
     pub next_spare: u64,
     /// The highest number in any snapshot file's name.
     pub last_snapshot: u64,
-    names: Vec<String>,
+    pub names: FolderNames,
+}
+
+/// All names that there were when the folder was listed.
+pub(crate) struct FolderNames {
+    all: Vec<String>,
+    /// Spares that are large enough to be used.
+    spares: BTreeSet<u64>,
 }
 
 impl Folder {
@@ -34,7 +41,10 @@ impl Folder {
                 .filter_map(|name| snapshot::number_of(name))
                 .max()
                 .unwrap_or(0),
-            names: Vec::new(),
+            names: FolderNames {
+                all: Vec::new(),
+                spares: BTreeSet::new(),
+            },
         };
         for name in &names {
             if let Some(SpareName::Ready(number)) = parse_spare_name(name) {
@@ -46,7 +56,10 @@ impl Folder {
                 }
             }
         }
-        folder.names = names;
+        folder.names = FolderNames {
+            all: names,
+            spares: folder.spares.iter().map(|spare| spare.number).collect(),
+        };
         Ok(folder)
     }
 
@@ -54,7 +67,7 @@ impl Folder {
     pub fn refuse_remains(&self) -> Result<(), OpenError> {
         let remains =
             |name: &&String| parse_file_name(name).is_some() || snapshot::number_of(name).is_some();
-        match self.names.iter().find(remains) {
+        match self.names.all.iter().find(remains) {
             Some(example) => Err(OpenError::ManifestMissing {
                 example: example.clone(),
             }),
@@ -68,7 +81,7 @@ impl Folder {
         storage: &S,
         state: &State,
     ) -> Result<(), OpenError> {
-        for name in &self.names {
+        for name in &self.names.all {
             let Some((id, generation)) = parse_file_name(name) else {
                 continue;
             };
@@ -84,6 +97,12 @@ impl Folder {
         Ok(())
     }
 
+    fn has(&self, id: SegmentId, generation: u32) -> bool {
+        self.names.all.contains(&file_name(id, generation))
+    }
+}
+
+impl FolderNames {
     /// Deletes what an interrupted job or removal left behind. What cannot be deleted now is found
     /// again at the next opening.
     pub fn delete_unnamed<S: Storage>(&self, storage: &S, state: &State) {
@@ -98,22 +117,18 @@ impl Folder {
                 .iter()
                 .flat_map(|snapshot| snapshot.files.iter().cloned()),
         );
-        for name in &self.names {
+        for name in &self.all {
             let ours = parse_file_name(name).is_some() || snapshot::number_of(name).is_some();
             let useless = match parse_spare_name(name) {
                 Some(SpareName::Unfinished) => true,
                 // Made when segments were smaller.
-                Some(SpareName::Ready(number)) => self.spares.iter().all(|s| s.number != number),
+                Some(SpareName::Ready(number)) => !self.spares.contains(&number),
                 None => false,
             };
             if (ours && !named.contains(name)) || useless || name == NEW_NAME {
                 let _ = storage.remove(name);
             }
         }
-    }
-
-    fn has(&self, id: SegmentId, generation: u32) -> bool {
-        self.names.contains(&file_name(id, generation))
     }
 }
 

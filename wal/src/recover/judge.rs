@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use super::io_error;
 use super::report::{EntryDamage, RecoveryReport, SegmentDamage, TornTail};
+use super::{io_error, newer};
 use crate::directory::{OpenTable, Spot, Unreadable};
 use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
@@ -65,9 +65,7 @@ pub(crate) fn find<S: Storage>(
         let name = file_name(id, entry.generation);
         let what = match look(storage, state, id, &entry, &name) {
             Ok(what) => what,
-            Err(LookError::Defect(SegmentDefect::Version)) => {
-                return Err(OpenError::NewerFormat { found: 2, known: 1 });
-            }
+            Err(LookError::Newer(found)) => return Err(newer(found)),
             Err(LookError::Defect(defect)) => What::Lost(defect),
             Err(LookError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                 What::Lost(SegmentDefect::Missing)
@@ -179,6 +177,10 @@ impl Bounds {
         while has(scan, last.next()) && !planted::is(Bug::CutUnvouched) {
             last = last.next();
         }
+        if lost_end(entry, scan) {
+            // At least one more entry, perhaps many.
+            last = last.next();
+        }
         let entries_end = end_at(scan, last);
         let torn_end = (scan.used_end > entries_end).then_some(scan.used_end);
         Bounds {
@@ -260,7 +262,7 @@ impl<F: StorageFile> Judged<F> {
         }
         self.durable = self.durable.max(bounds.last);
         self.predecessor = (entry.uuid, scan.last_crc);
-        if entry.end == SegmentEnd::Open {
+        if let SegmentEnd::Open { .. } = entry.end {
             self.cuts.push((
                 id,
                 Cut {
@@ -304,6 +306,8 @@ impl<F: StorageFile> Judged<F> {
 
 enum LookError {
     Defect(SegmentDefect),
+    /// Written by a version that knows this format.
+    Newer(u16),
     Io(io::Error),
 }
 
@@ -323,6 +327,7 @@ fn look<S: Storage>(
     match entry.end {
         SegmentEnd::Sealed { file_bytes, .. } => {
             let file = storage.open_read(name)?;
+            refuse_newer(&file)?;
             let footer = read_footer(&file, entry.uuid, file_bytes)?;
             let map = file.map()?;
             let mut body = SealedBody {
@@ -338,7 +343,7 @@ fn look<S: Storage>(
             })?;
             Ok(What::Sealed(body))
         }
-        SegmentEnd::Open | SegmentEnd::Cut(_) => {
+        SegmentEnd::Open { .. } | SegmentEnd::Cut(_) => {
             let file = storage.open(name)?;
             // What is judged here must still be there after the next power loss.
             if !planted::is(Bug::TrustPageCache) {
@@ -356,6 +361,9 @@ fn look<S: Storage>(
                 end: cut.map(|cut| cut.entries_end),
             };
             let scanned = scan(&file, expect)?;
+            if let Some(found) = scanned.newer {
+                return Err(LookError::Newer(found));
+            }
             Ok(What::Scanned(file, Box::new(scanned), cut))
         }
     }
@@ -377,7 +385,17 @@ fn check_header<F: StorageFile>(
         {
             Err(LookError::Defect(SegmentDefect::Foreign))
         }
-        Err(SegmentDefect::Version) => Err(LookError::Defect(SegmentDefect::Version)),
+        Err(SegmentDefect::Version(found)) => Err(LookError::Newer(found)),
+        _ => Ok(()),
+    }
+}
+
+/// A sealed segment's header says nothing that its footers do not, but for the format.
+fn refuse_newer<F: StorageFile>(file: &F) -> Result<(), LookError> {
+    let mut block = [0; BLOCK_BYTES];
+    let read = file.read_at(0, &mut block)?;
+    match SegmentHeader::decode(&block[..read]) {
+        Err(SegmentDefect::Version(found)) => Err(LookError::Newer(found)),
         _ => Ok(()),
     }
 }
@@ -402,7 +420,7 @@ fn read_footer<F: StorageFile>(
             Ok(footer) if footer.uuid == uuid && footer.file_bytes() == file_bytes => {
                 return Ok(footer);
             }
-            Err(SegmentDefect::Version) => return Err(LookError::Defect(SegmentDefect::Version)),
+            Err(SegmentDefect::Version(found)) => return Err(LookError::Newer(found)),
             _ => {}
         }
     }
@@ -427,8 +445,18 @@ fn lost_last(entry: &SegmentEntry, successor: Option<LogIndex>, vouched: LogInde
     match entry.end {
         SegmentEnd::Sealed { last, .. } => last,
         SegmentEnd::Cut(cut) => cut.last,
-        SegmentEnd::Open => successor.map_or(vouched, LogIndex::previous),
+        // Its file was durable before the manifest named it, so it may have held an entry.
+        SegmentEnd::Open { .. } => successor.map_or(vouched.max(entry.first), LogIndex::previous),
     }
+}
+
+/// Whether the file has lost its end and entries may have stood there. They stood back to back, so a block
+/// behind them that is still there, empty or written by sealing, says that there were no more.
+fn lost_end(entry: &SegmentEntry, scan: &Scan) -> bool {
+    let SegmentEnd::Open { file_bytes } = entry.end else {
+        return false;
+    };
+    scan.file_bytes < file_bytes && scan.used_end + BLOCK_BYTES as u64 > scan.file_bytes
 }
 
 fn has(scan: &Scan, index: LogIndex) -> bool {

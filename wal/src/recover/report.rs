@@ -19,6 +19,8 @@ pub struct RecoveryReport {
     pub scanned: usize,
     /// Never acknowledged bytes that were cut.
     pub torn: Vec<TornTail>,
+    /// Bytes behind the manifest's last good record: a change that never counted.
+    pub torn_manifest: Option<TornManifest>,
     /// Segments that are lost as a whole.
     pub lost: Vec<SegmentDamage>,
     /// Damaged acknowledged entries in segments that were not sealed, skips left out.
@@ -30,6 +32,7 @@ impl RecoveryReport {
     pub fn is_clean(&self) -> bool {
         self.scanned == 0
             && self.torn.is_empty()
+            && self.torn_manifest.is_none()
             && self.lost.is_empty()
             && self.damaged.is_empty()
             && self.snapshots_lost.is_empty()
@@ -46,6 +49,15 @@ pub struct TornTail {
     pub bytes: u64,
     /// The first thing that is wrong in the segment.
     pub defect: Option<Defect>,
+    /// The file they were copied to; none if the disk was full.
+    pub saved_as: Option<String>,
+}
+
+/// What follows the manifest's last good record.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TornManifest {
+    pub position: u64,
+    pub bytes: u64,
     /// The file they were copied to; none if the disk was full.
     pub saved_as: Option<String>,
 }

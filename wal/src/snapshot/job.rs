@@ -19,12 +19,24 @@ use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 pub struct SnapshotJob<S: Storage> {
     storage: S,
     pool: BufferPool,
+    /// What the state was when it was last snapshotted.
     base: Option<Arc<Table>>,
+    /// Whose files may be used again.
+    files: Option<Arc<Table>>,
     store: [u8; 16],
     number: u64,
     index: LogIndex,
     dirty: BTreeMap<ChunkId, Bytes>,
     removed: BTreeSet<ChunkId>,
+}
+
+/// What a snapshot builds on.
+pub struct Base<'a, S> {
+    /// The newest snapshot: what is not dirty is as it was there.
+    pub state: &'a Snapshot<S>,
+    /// The one whose files are used again where they hold the same. If that is not the newest, the two
+    /// generations that are kept share no file, and a damaged or missing one costs only one of them.
+    pub files: Option<&'a Snapshot<S>>,
 }
 
 /// A snapshot that is durable and not yet named by the manifest.
@@ -45,8 +57,8 @@ impl SnapshotDone {
 }
 
 impl<S: Storage> SnapshotJob<S> {
-    /// A snapshot of number `number` at `index`: the chunks of `base`, without the `removed`, with the
-    /// `dirty` ones put in or in place of the old. Without a base `dirty` is the whole state.
+    /// A snapshot of number `number` at `index`: the chunks of the base's state, without the `removed`, with
+    /// the `dirty` ones put in or in place of the old. Without a base `dirty` is the whole state.
     ///
     /// Only one job may run at a time, and `number` must be above that of every snapshot that a
     /// manifest names.
@@ -57,12 +69,14 @@ impl<S: Storage> SnapshotJob<S> {
         storage: S,
         pool: BufferPool,
         store: [u8; 16],
-        base: Option<&Snapshot<S>>,
+        base: Option<Base<'_, S>>,
         (number, index): (u64, LogIndex),
         dirty: impl IntoIterator<Item = (ChunkId, Bytes)>,
         removed: impl IntoIterator<Item = ChunkId>,
     ) -> SnapshotJob<S> {
-        let base = base.map(|snapshot| snapshot.table.clone());
+        let files = base.as_ref().and_then(|base| base.files);
+        let files = files.map(|snapshot| snapshot.table.clone());
+        let base = base.map(|base| base.state.table.clone());
         let dirty: BTreeMap<ChunkId, Bytes> = dirty.into_iter().collect();
         if let Some(base) = &base {
             assert!(base.number < number, "snapshot numbers ascend");
@@ -75,6 +89,7 @@ impl<S: Storage> SnapshotJob<S> {
             storage,
             pool,
             base,
+            files,
             store,
             number,
             index,
@@ -107,14 +122,25 @@ impl<S: Storage> SnapshotJob<S> {
         Ok(done)
     }
 
-    /// Which chunks stay where they are, and which are carried over from files that are mostly dead.
+    /// Which chunks stay where they are, and which are carried over: from files that are mostly dead, or
+    /// that this snapshot shall not share.
     fn plan(&self) -> Plan {
-        let mut kept = BTreeMap::new();
+        let (mut kept, mut carried) = (BTreeMap::new(), BTreeMap::new());
         let mut files = BTreeMap::new();
         if let Some(base) = &self.base {
-            kept = base.chunks.clone();
-            kept.retain(|id, _| !self.dirty.contains_key(id) && !self.removed.contains(id));
-            files = base.files.clone();
+            let mut reader = ChunkReader::new(&self.storage);
+            for (&id, place) in &base.chunks {
+                if self.dirty.contains_key(&id) || self.removed.contains(&id) {
+                    continue;
+                }
+                match self.same_elsewhere(id, place, &mut reader) {
+                    Some(place) => kept.insert(id, place),
+                    None => carried.insert(id, *place),
+                };
+            }
+        }
+        if let Some(reused) = &self.files {
+            files = reused.files.clone();
         }
         let mut live_bytes: BTreeMap<u64, u64> = BTreeMap::new();
         for place in kept.values() {
@@ -134,9 +160,13 @@ impl<S: Storage> SnapshotJob<S> {
         full.sort_by_key(|number| live_bytes[number]);
         // The new file is one of them.
         emptied.extend(&full[..(full.len() + 1).saturating_sub(FILES_MAX)]);
-        let mut carried = kept.clone();
-        carried.retain(|_, place| emptied.contains(&place.file));
+        let merged = kept.iter().filter(|(_, at)| emptied.contains(&at.file));
+        carried.extend(merged.map(|(&id, &place)| (id, place)));
         kept.retain(|_, place| !emptied.contains(&place.file));
+        // A carried chunk that cannot be read stays where it is.
+        if let Some(base) = &self.base {
+            files.extend(base.files.iter().map(|(&number, &file)| (number, file)));
+        }
         Plan {
             dirty_bytes: self.dirty.values().map(|chunk| chunk.len() as u64).sum(),
             dirty_chunks: self.dirty.len(),
@@ -144,6 +174,26 @@ impl<S: Storage> SnapshotJob<S> {
             kept,
             files,
         }
+    }
+
+    /// Where the files that are used again hold what the base has at `place`.
+    fn same_elsewhere(
+        &self,
+        id: ChunkId,
+        place: &ChunkPlace,
+        reader: &mut ChunkReader<'_, S>,
+    ) -> Option<ChunkPlace> {
+        let reused = self.files.as_ref()?;
+        let there = *reused.chunks.get(&id)?;
+        if there == *place {
+            return Some(there);
+        }
+        let alike = (there.bytes, there.crc) == (place.bytes, place.crc);
+        // Written before the other snapshot was made, and not changed since.
+        let unchanged = place.file < reused.number;
+        let same =
+            alike && (unchanged || reader.read(id, place).ok() == reader.read(id, &there).ok());
+        same.then_some(there)
     }
 
     fn write_chunks(
@@ -257,7 +307,7 @@ struct Plan {
     /// With their old places.
     carried: BTreeMap<ChunkId, ChunkPlace>,
     kept: BTreeMap<ChunkId, ChunkPlace>,
-    /// Files of the base that still hold something alive.
+    /// Files that may still hold something alive.
     files: BTreeMap<u64, FileUse>,
 }
 

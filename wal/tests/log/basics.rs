@@ -5,7 +5,8 @@ use millpond_wal::storage::{FolderStorage, Mapping, Storage};
 use millpond_wal::{ChunkId, Log, LogError, LogIndex, OpenError, ReadError, Stage};
 
 use crate::support::{
-    TOPIC, append, body, expect_record, files, open, options, place, reopen, row, stamp_of,
+    TOPIC, append, body, expect_record, files, open, options, place, reopen, row, snapshot,
+    stamp_of,
 };
 
 /// Bytes of a test record.
@@ -30,7 +31,7 @@ fn writes_and_reads_back<S: Storage>(storage: &S) {
     drop(reader);
 
     let (opened, replayed, _) = reopen(storage).unwrap();
-    assert!(opened.report.is_clean(), "{:?}", opened.report);
+    assert!(opened.log.report().is_clean(), "{:?}", opened.log.report());
     assert_eq!(replayed.len(), 120);
     assert_eq!(replayed[&place(40, 2)], body(40, 2, BYTES));
     let log = opened.log;
@@ -253,12 +254,12 @@ fn covered_segments_can_be_removed_and_others_not() {
         log.remove_segments(&[first]),
         Err(LogError::NotCovered(_))
     ));
-    let done = log
-        .snapshot_job(LogIndex(40), vec![], vec![])
-        .unwrap()
-        .run()
-        .unwrap();
-    log.install_snapshot(done).unwrap();
+    snapshot(&mut log, b"state");
+    assert!(
+        matches!(log.remove_segments(&[first]), Err(LogError::NotCovered(_))),
+        "were the only snapshot damaged, nothing could take its place"
+    );
+    snapshot(&mut log, b"state");
     let reader = log.reader();
     assert!(log.remove_segments(&[first]).unwrap() > 0);
     assert!(matches!(

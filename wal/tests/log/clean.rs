@@ -1,9 +1,9 @@
 //! Cleaning and truncating: what is live keeps its place, what is cut is gone.
 
 use millpond_wal::sim::SimStorage;
-use millpond_wal::{Contents, LogError, LogIndex, ReadError, verify};
+use millpond_wal::{Contents, IndexRange, LogError, LogIndex, ReadError, verify};
 
-use crate::support::{TOPIC, append, expect_record, open, place, reopen, stamp_of};
+use crate::support::{TOPIC, append, cover, expect_record, files, open, place, reopen, stamp_of};
 
 const BYTES: usize = 3000;
 
@@ -14,12 +14,7 @@ fn live_records_keep_their_place_in_a_cleaned_segment() {
     for _ in 0..12 {
         append(&mut log, 3, 800).unwrap();
     }
-    let done = log
-        .snapshot_job(LogIndex(12), vec![], vec![])
-        .unwrap()
-        .run()
-        .unwrap();
-    log.install_snapshot(done).unwrap();
+    cover(&mut log);
     let before = log.segments()[0].clone();
     let (dead, live) = (place(3, 1), place(3, 2));
     // Besides one live row, a record without one that something still points to.
@@ -28,7 +23,7 @@ fn live_records_keep_their_place_in_a_cleaned_segment() {
         .unwrap();
     assert_eq!(job.live_rows(), (1, 3 * before.last.0));
     let done = job.run().unwrap();
-    assert!(done.lost.is_empty());
+    assert_eq!(done.damaged(), None);
     let reader = log.reader();
     let freed = log.install_cleaned(done).unwrap();
     let after = log.segments()[0].clone();
@@ -68,12 +63,7 @@ fn a_plan_is_outdated_once_the_segment_was_cleaned() {
         log.clean_plan(id, [], |_| true),
         Err(LogError::NotSealed(_))
     ));
-    let done = log
-        .snapshot_job(LogIndex(12), vec![], vec![])
-        .unwrap()
-        .run()
-        .unwrap();
-    log.install_snapshot(done).unwrap();
+    cover(&mut log);
     let first = log
         .clean_plan(id, [], |row| row.place.index > LogIndex(5))
         .unwrap()
@@ -97,25 +87,37 @@ fn a_plan_is_outdated_once_the_segment_was_cleaned() {
 }
 
 #[test]
-fn a_damaged_record_is_left_behind_by_cleaning() {
+fn a_segment_with_damage_in_what_is_kept_is_not_cleaned() {
     let storage = SimStorage::new(1);
     let (mut log, _) = open(&storage);
     for _ in 0..12 {
         append(&mut log, 1, BYTES).unwrap();
     }
-    let done = log
-        .snapshot_job(LogIndex(12), vec![], vec![])
-        .unwrap()
-        .run()
-        .unwrap();
-    log.install_snapshot(done).unwrap();
-    let name = crate::support::files(&storage, "seg-").remove(0);
+    cover(&mut log);
+    let name = files(&storage, "seg-").remove(0);
     storage.corrupt(&name, 3 * 4096 + 200, 4).unwrap();
     let id = log.segments()[0].id;
+    let before = files(&storage, "");
     let done = log.clean_plan(id, [], |_| true).unwrap().run().unwrap();
-    assert_eq!(done.lost, [LogIndex(3)]);
-    log.install_cleaned(done).unwrap();
+    let damaged = IndexRange {
+        first: LogIndex(3),
+        last: LogIndex(3),
+    };
+    assert_eq!(done.damaged(), Some(damaged));
+    assert_eq!(log.install_cleaned(done).unwrap(), 0);
+    assert!(log.segments()[0].damaged);
+    assert_eq!(
+        files(&storage, ""),
+        before,
+        "nothing is made, nothing is deleted"
+    );
     expect_record(&log.reader(), place(4, 0), BYTES);
+    let kept = log.reader().record(place(3, 0));
+    assert!(matches!(kept, Err(ReadError::Damaged(range)) if range == damaged));
+    // What nobody needs may be damaged.
+    let live = |row: &millpond_wal::Row| row.place.index > LogIndex(5);
+    let done = log.clean_plan(id, [], live).unwrap().run().unwrap();
+    assert_eq!(done.damaged(), None);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use millpond_wal::sim::{Call, Failure, Fault, SimStorage};
 use millpond_wal::storage::Storage;
 use millpond_wal::{ChunkId, Log, LogError, LogIndex, Place, ReadError, ReplayEnd};
 
-use crate::support::{Replayed, reopen, row, stamp_of};
+use crate::support::{Replayed, cover, reopen, row, stamp_of};
 
 /// One life: what may happen between two crashes.
 struct World {
@@ -139,7 +139,7 @@ impl World {
             end,
             ReplayEnd::Healthy,
             "seed {seed} life {life}: {:?}",
-            opened.report
+            opened.log.report()
         );
         let from = opened
             .snapshot
@@ -363,12 +363,7 @@ fn a_reader_outlives_the_removal_of_what_it_reads() {
     for _ in 0..30 {
         crate::support::append(&mut log, 1, 3000).unwrap();
     }
-    let done = log
-        .snapshot_job(log.applied(), vec![], vec![])
-        .unwrap()
-        .run()
-        .unwrap();
-    log.install_snapshot(done).unwrap();
+    cover(&mut log);
     let ids: Vec<_> = log.segments().iter().map(|segment| segment.id).collect();
     let reader = log.reader();
     let reading = std::thread::spawn(move || {

@@ -48,8 +48,8 @@ fn a_bad_last_entry_that_nothing_vouches_for_is_saved_and_cut() {
     assert_eq!(end, ReplayEnd::Healthy);
     assert_eq!(replayed.len(), 4);
     assert_eq!(opened.log.durable(), LogIndex(4));
-    let [torn] = &opened.report.torn[..] else {
-        panic!("{:?}", opened.report);
+    let [torn] = &opened.log.report().torn[..] else {
+        panic!("{:?}", opened.log.report());
     };
     assert_eq!(
         (torn.index, torn.position, torn.bytes),
@@ -64,7 +64,7 @@ fn a_bad_last_entry_that_nothing_vouches_for_is_saved_and_cut() {
 fn what_was_cut_does_not_come_back_after_a_second_crash() {
     let (storage, segment) = died_with(5);
     storage.corrupt(&segment, at(5) + 500, 8).unwrap();
-    drop(Log::open(storage.clone(), options()).unwrap());
+    drop(reopen(&storage).unwrap());
     storage.restart();
     // The same bits again: the entry is whole, as if the disk had only been slow.
     storage.corrupt(&segment, at(5) + 500, 8).unwrap();
@@ -124,7 +124,7 @@ fn expect_damaged(storage: &SimStorage, damaged: IndexRange, replays: usize) {
         end,
         ReplayEnd::Damaged { range: damaged },
         "{:?}",
-        opened.report
+        opened.log.report()
     );
     assert_eq!(replayed.len(), replays);
     let refused = append(&mut opened.log, 1, 10).map(drop);
@@ -221,7 +221,7 @@ fn a_missing_segment_below_the_snapshot_is_noticed_and_the_rest_is_served() {
     storage.remove(&segment).unwrap();
     let (opened, _, end) = reopen(&storage).unwrap();
     assert_eq!(end, ReplayEnd::Healthy);
-    let lost = opened.report.lost[0];
+    let lost = opened.log.report().lost[0];
     assert_eq!(lost.range.first, LogIndex(1));
     let reader = opened.log.reader();
     let read = reader.record(place(1, 0));
@@ -259,6 +259,83 @@ fn a_missing_segment_above_the_snapshot_stops_the_fold() {
     );
     let (mut log, _) = open(&storage);
     assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(37));
+}
+
+#[test]
+fn a_missing_segment_that_was_written_last_is_damage() {
+    let (storage, segment) = died_with(5);
+    storage.remove(&segment).unwrap();
+    let (opened, replayed, end) = reopen(&storage).unwrap();
+    // How far it reached nobody knows any more.
+    assert_eq!(end, ReplayEnd::Damaged { range: range(1, 1) });
+    assert!(replayed.is_empty());
+    drop(opened);
+    assert_eq!(
+        salvage_accept_loss(&storage, &options()).unwrap(),
+        [range(1, 1)]
+    );
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+}
+
+#[test]
+fn a_segment_that_lost_its_end_is_damage_unless_zeros_follow_what_is_left() {
+    let (_, segment) = died_with(5);
+    for bytes in 0..=(16 * BLOCK) {
+        let boundary = |at: u64| bytes % BLOCK <= at || bytes % BLOCK >= BLOCK - at;
+        if !boundary(1) {
+            continue;
+        }
+        let (storage, _) = died_with(5);
+        storage.open(&segment).unwrap().set_len(bytes).unwrap();
+        let (opened, replayed, end) = reopen(&storage).unwrap();
+        let whole = (bytes / BLOCK).clamp(1, 6) - 1;
+        assert_eq!(replayed.len() as u64, whole, "{bytes} bytes");
+        if bytes < 7 * BLOCK {
+            let next = range(whole + 1, whole + 1);
+            assert_eq!(end, ReplayEnd::Damaged { range: next }, "{bytes} bytes");
+            let left = storage.open_read(&segment).unwrap().len().unwrap();
+            assert_eq!(left, bytes, "nothing is written");
+        } else {
+            assert_eq!(end, ReplayEnd::Healthy, "{bytes} bytes");
+            assert!(opened.log.report().torn.is_empty());
+        }
+    }
+}
+
+#[test]
+fn what_a_newer_version_wrote_is_refused_before_a_byte_is_written() {
+    use millpond_wal::OpenError;
+    let (storage, segment) = died_with(5);
+    let file = storage.open(&segment).unwrap();
+    let mut block = vec![0; 96];
+    file.read_at(at(5), &mut block).unwrap();
+    block[4] = 2;
+    block[8..12].fill(0);
+    let crc = crc32fast::hash(&block);
+    block[8..12].copy_from_slice(&crc.to_le_bytes());
+    file.write_at(at(5), &block).unwrap();
+    let before = contents(&storage);
+    let refused = reopen(&storage).map(drop);
+    let newer = |error| matches!(error, OpenError::NewerFormat { found: 2, known: 1 });
+    assert!(refused.is_err_and(newer));
+    assert_eq!(contents(&storage), before);
+}
+
+#[test]
+fn an_error_of_apply_leaves_the_folder_as_it_was() {
+    use millpond_wal::ReplayError;
+    let (storage, segment) = died_with(5);
+    storage.corrupt(&segment, at(5) + 500, 8).unwrap();
+    let before = contents(&storage);
+    let mut opened = Log::open(storage.clone(), options()).unwrap();
+    let failed = opened.log.replay(|entry, _| match entry.index {
+        LogIndex(3) => Err("no"),
+        _ => Ok(()),
+    });
+    assert!(matches!(failed, Err(ReplayError::Apply("no"))));
+    opened.log.close().unwrap();
+    assert_eq!(contents(&storage), before);
 }
 
 #[test]
@@ -341,7 +418,7 @@ fn a_damaged_newest_snapshot_is_made_up_for_by_the_older_one() {
     let (opened, replayed, end) = reopen(&storage).unwrap();
     assert_eq!((end, replayed.len()), (ReplayEnd::Healthy, 5));
     assert_eq!(opened.snapshot.unwrap().index(), LogIndex(5));
-    assert_eq!(opened.report.snapshots_lost.len(), 1);
+    assert_eq!(opened.log.report().snapshots_lost.len(), 1);
 }
 
 #[test]
@@ -387,7 +464,7 @@ fn a_payload_that_looks_like_an_entry_is_not_taken_for_one() {
     storage.corrupt(&segment, at(2), 8).unwrap();
     let (opened, replayed, end) = reopen(&storage).unwrap();
     assert_eq!((end, replayed.len()), (ReplayEnd::Healthy, 1));
-    assert_eq!(opened.report.torn[0].bytes, 3 * BLOCK);
+    assert_eq!(opened.log.report().torn[0].bytes, 3 * BLOCK);
 }
 
 #[test]

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use millpond_wal::storage::Storage;
 use millpond_wal::{
-    Appended, Log, LogError, LogIndex, LogReader, OpenError, Opened, Options, Place, ReadError,
-    ReplayEnd, Row,
+    Appended, ChunkId, Log, LogError, LogIndex, LogReader, OpenError, Opened, Options, Place,
+    ReadError, ReplayEnd, ReplayError, Row,
 };
 
 pub const TOPIC: u32 = 7;
@@ -61,17 +61,22 @@ pub fn reopen<S: Storage>(storage: &S) -> Result<(Opened<S>, Replayed, ReplayEnd
                 replayed.insert(record.place, record.body.to_vec());
                 rows.add(row(record.place, record.stamp, record.stamp));
             }
+            Ok::<(), std::convert::Infallible>(())
         })
         .map_err(|error| match error {
-            LogError::Disk { what, file, source } => OpenError::Io { what, file, source },
-            LogError::Read(ReadError::Io { file, source }) => OpenError::Io {
+            ReplayError::Start(error) => error,
+            ReplayError::Apply(never) => match never {},
+            ReplayError::Log(LogError::Disk { what, file, source }) => {
+                OpenError::Io { what, file, source }
+            }
+            ReplayError::Log(LogError::Read(ReadError::Io { file, source })) => OpenError::Io {
                 what: "read",
                 file,
                 source,
             },
-            other => panic!(
+            ReplayError::Log(other) => panic!(
                 "replay: {other} {:?} {:#?}",
-                opened.report,
+                opened.log.report(),
                 opened.log.segments()
             ),
         })?;
@@ -142,4 +147,18 @@ pub fn files<S: Storage>(storage: &S, prefix: &str) -> Vec<String> {
         .into_iter()
         .filter(|name| name.starts_with(prefix))
         .collect()
+}
+
+/// Takes a snapshot with one chunk of everything that is applied.
+pub fn snapshot<S: Storage>(log: &mut Log<S>, state: &[u8]) {
+    let chunk = (ChunkId(1), state.to_vec().into());
+    let job = log.snapshot_job(log.applied(), vec![chunk], vec![]);
+    let done = job.expect("all is applied").run().expect("there is room");
+    log.install_snapshot(done).expect("the log takes writes");
+}
+
+/// Two of them, so that what they cover may go.
+pub fn cover<S: Storage>(log: &mut Log<S>) {
+    snapshot(log, b"state");
+    snapshot(log, b"state");
 }

@@ -50,6 +50,7 @@ counts! {
         seals,
         spares,
         cleanings,
+        unlinks,
     }
 }
 
@@ -130,6 +131,7 @@ impl Stats {
             Done::Seal(done) => counts.seals += u64::from(done.is_ok()),
             Done::Spare(done) => counts.spares += u64::from(done.is_ok()),
             Done::Clean(done) => counts.cleanings += u64::from(done.is_ok()),
+            Done::Unlink => counts.unlinks += 1,
         }
     }
 

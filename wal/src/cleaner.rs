@@ -127,7 +127,7 @@ impl<S: Storage> Log<S> {
         })?;
         let new = self.retirement.hold(new);
         self.tables.write().put(new);
-        self.retire(&old);
+        old.retire();
         Ok(freed)
     }
 }

@@ -34,6 +34,7 @@ pub mod storage;
 mod sync;
 mod tables;
 mod truncate;
+mod unlink;
 mod verify;
 mod watermark;
 
@@ -55,5 +56,6 @@ pub use seal::{SealDone, SealJob};
 pub use segment::{Contents, SegmentDefect, SegmentId};
 pub use snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};
 pub use spare::{SpareDone, SpareJob};
+pub use unlink::UnlinkJob;
 pub use verify::{Dumped, Finding, Harm, VerifyReport, Wrong, dump, salvage_accept_loss, verify};
 pub use watermark::{Waited, Watermark, WatermarkReader};

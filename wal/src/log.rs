@@ -36,6 +36,7 @@ use crate::snapshot::Snapshot;
 use crate::spare::{Spare, SpareDone, SpareJob};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, Segment, Tables};
+use crate::unlink::UnlinkJob;
 use crate::watermark::{Watermark, WatermarkReader};
 
 /// See the module.
@@ -237,8 +238,8 @@ impl<S: Storage> Log<S> {
         self.spares.push_back(done.0);
     }
 
-    /// Deletes sealed segments that every kept snapshot covers; returns the bytes that became free.
-    /// Readers that are at one finish with it.
+    /// Takes sealed segments that every kept snapshot covers out of the log; returns the bytes that an
+    /// [`unlink_job`](Self::unlink_job) will free. Readers that are at one finish with it.
     pub fn remove_segments(&mut self, ids: &[SegmentId]) -> Result<u64, LogError> {
         self.check_writable()?;
         let mut doomed = Vec::with_capacity(ids.len());
@@ -250,9 +251,16 @@ impl<S: Storage> Log<S> {
         for segment in doomed {
             freed += bytes_of(&segment);
             self.tables.write().remove(segment.first);
-            self.retire(&segment);
+            segment.retire();
         }
         Ok(freed)
+    }
+
+    /// Segments were removed, cleaned or cut off and no reader has them pinned any more: run the job on
+    /// a background thread to delete their files. What is left at the end goes at the next opening.
+    pub fn unlink_job(&self) -> Option<UnlinkJob<S>> {
+        let freed = self.retirement.free();
+        (!freed.is_empty()).then(|| UnlinkJob::new(self.storage.clone(), freed))
     }
 
     /// A clean shutdown: everything is vouched for and, as far as applied, sealed.
@@ -420,7 +428,6 @@ impl<S: Storage> Log<S> {
     }
 
     fn begin_segment(&mut self, bytes: u64) -> Result<(), LogError> {
-        self.unlink_freed();
         let state = self.manifest.state();
         let (id, epoch) = (SegmentId(state.next_segment), state.epoch);
         let first = self.durable.next();
@@ -566,18 +573,6 @@ impl<S: Storage> Log<S> {
             what,
             file: file.to_owned(),
             source,
-        }
-    }
-
-    /// Deletes the file once no reader has it pinned; at the latest when the next segment begins after that.
-    pub(crate) fn retire(&self, segment: &Held<Segment<S::File>>) {
-        segment.retire();
-        self.unlink_freed();
-    }
-
-    fn unlink_freed(&self) {
-        for segment in self.retirement.free() {
-            self.unlink(&segment.name);
         }
     }
 

@@ -9,7 +9,7 @@
 //! Invariants: `pins` only falls once `RETIRED` is set; whoever makes the state `RETIRED` with no pins,
 //! the owner or the last reader, is the only one who hands it out.
 //!
-//! It deliberately does no I/O: unlinking is the owner's, on its own thread.
+//! It deliberately does no I/O: unlinking is the owner's, by a job of its own.
 
 use std::ops::Deref;
 

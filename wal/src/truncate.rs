@@ -69,7 +69,7 @@ impl<S: Storage> Log<S> {
                 break;
             }
             self.tables.write().remove(ended.segment.first);
-            self.retire(&ended.segment);
+            ended.segment.retire();
         }
         let Some(mut ended) = self.ended.pop_back() else {
             return Ok(());

@@ -11,7 +11,7 @@ use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
     ChunkId, CleanDone, CleanJob, Contents, JobError, LogError, Row, SealDone, SealJob,
-    SegmentInfo, SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage,
+    SegmentInfo, SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage, UnlinkJob,
 };
 
 use super::{Fatal, Outbox, Shard};
@@ -30,6 +30,7 @@ pub enum Job<S: Storage> {
     Seal(SealJob<S>),
     Spare(SpareJob<S>),
     Clean(CleanJob<S>),
+    Unlink(UnlinkJob<S>),
 }
 
 /// Its result, for `Shard::job_done`.
@@ -38,6 +39,7 @@ pub enum Done<S: Storage> {
     Seal(Result<SealDone<S>, JobError>),
     Spare(Result<SpareDone, JobError>),
     Clean(Result<CleanDone<S>, JobError>),
+    Unlink,
 }
 
 impl<S: Storage> Job<S> {
@@ -49,6 +51,10 @@ impl<S: Storage> Job<S> {
             Self::Seal(job) => Done::Seal(job.run()),
             Self::Spare(job) => Done::Spare(job.run()),
             Self::Clean(job) => Done::Clean(job.run()),
+            Self::Unlink(job) => {
+                job.run();
+                Done::Unlink
+            }
         }
     }
 }
@@ -63,6 +69,7 @@ pub(super) struct Maintenance {
     seal_running: bool,
     spare_running: bool,
     clean_running: bool,
+    unlink_running: bool,
     next_us: u64,
 }
 
@@ -107,7 +114,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             self.maintenance.spare_running = true;
             out.jobs.push(Job::Spare(job));
         }
-        self.reclaim(out)
+        self.reclaim(out)?;
+        self.plan_unlink(out);
+        Ok(())
     }
 
     /// Takes the result of a job in.
@@ -158,6 +167,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                     unless_overtaken(self.log.install_cleaned(done))?;
                 }
             }
+            Done::Unlink => self.maintenance.unlink_running = false,
         }
         Ok(())
     }
@@ -168,6 +178,15 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         {
             self.maintenance.seal_running = true;
             out.jobs.push(Job::Seal(job));
+        }
+    }
+
+    fn plan_unlink(&mut self, out: &mut Outbox<S>) {
+        if !self.maintenance.unlink_running
+            && let Some(job) = self.log.unlink_job()
+        {
+            self.maintenance.unlink_running = true;
+            out.jobs.push(Job::Unlink(job));
         }
     }
 

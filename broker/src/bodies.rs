@@ -155,6 +155,31 @@ impl<S: Storage> Bodies<S> {
             .await
     }
 
+    /// As `read`, for who reads on behind it.
+    pub async fn read_on(
+        &self,
+        topic: TopicId,
+        offset: Offset,
+        count: u32,
+        bytes: usize,
+    ) -> Result<Vec<Run>, BodyError> {
+        if let Some(runs) = self.cache.read(topic, offset, count, bytes) {
+            return Ok(runs);
+        }
+        let reader = self.reader.clone();
+        self.blocking(move || {
+            let runs = read_log(&reader, topic, offset, count, bytes)?;
+            if let Some(last) = runs.last()
+                && let Ok(Some(row)) = reader.find(topic.0, last.base.0)
+            {
+                let read = runs.iter().map(|run| run.messages.len()).sum();
+                reader.reads_on(row.place, read);
+            }
+            Ok(runs)
+        })
+        .await
+    }
+
     /// One record's bytes, for the story of a dead letter.
     pub async fn record(&self, place: Place) -> Result<RecordBytes, BodyError> {
         let reader = self.reader.clone();

@@ -18,7 +18,7 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 /// A whole file, mapped read-only.
 #[derive(Debug)]
@@ -31,6 +31,17 @@ impl Map {
         // for sealed files, which nobody writes or truncates while the folder lock is held.
         let map = unsafe { memmap2::Mmap::map(file) }?;
         Ok(Map(map))
+    }
+
+    /// Asks for a part to be read from the disk in the background. Only advice: nothing follows if it
+    /// is not taken, and a part behind the end is none.
+    pub(crate) fn will_need(&self, range: Range<usize>) {
+        let range = range.start..range.end.min(self.0.len());
+        if !range.is_empty() {
+            let _ = self
+                .0
+                .advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        }
     }
 }
 

@@ -108,6 +108,19 @@ impl<S: Storage> LogReader<S> {
         };
         read_record(&segment, spot, place)
     }
+
+    /// Who has just read up to this record, `bytes` of it and before, reads on: has as much read into
+    /// memory, so far ahead that it is there in time. Only of a segment that is mapped.
+    pub fn reads_on(&self, place: Place, bytes: usize) {
+        let pinned = self.tables.read().holding(place.index).and_then(Held::pin);
+        if let Some(segment) = pinned
+            && let Some(map) = segment.map()
+            && let Ok(Some(spot)) = segment.spot(place.index)
+        {
+            let from = spot.position() as usize + spot.bytes() + AHEAD_BYTES;
+            map.will_need(from..from.saturating_add(bytes));
+        }
+    }
 }
 
 impl<S: Storage> Clone for LogReader<S> {
@@ -252,3 +265,6 @@ impl<F: StorageFile> EntryAt<'_, F> {
         Ok((RecordHead::decode(&head).ok_or(Miss::Damaged)?, at))
     }
 }
+
+/// How far ahead of a sequential reader the disk is asked.
+const AHEAD_BYTES: usize = 4 << 20;

@@ -189,6 +189,11 @@ impl<F: StorageFile> Segment<F> {
         })
     }
 
+    /// The map of a sealed segment, if there is one.
+    pub fn map(&self) -> Option<&Map> {
+        self.sealed().and_then(|sealed| sealed.map.as_ref())
+    }
+
     pub fn unreadable(&self, error: Unreadable) -> ReadError {
         match error {
             Unreadable::Damaged => self.damaged(),

@@ -113,7 +113,7 @@ impl<S: Storage> Ahead<S> {
         let (bodies, topic) = (self.bodies.clone(), self.topic);
         let read = async move {
             let runs = bodies
-                .read(topic, offset, AHEAD_MESSAGES, AHEAD_BYTES)
+                .read_on(topic, offset, AHEAD_MESSAGES, AHEAD_BYTES)
                 .await?;
             Ok(Piece {
                 runs,

@@ -281,6 +281,22 @@ fn covered_segments_can_be_removed_and_others_not() {
 }
 
 #[test]
+fn reading_on_at_the_end_of_a_segment_asks_for_nothing_behind_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let storage = FolderStorage::open(folder.path(), Mapping::On).unwrap();
+    let (mut log, _) = open(&storage);
+    for _ in 0..12 {
+        append(&mut log, 1, 20_000).unwrap();
+    }
+    let reader = log.reader();
+    for index in 1..=12 {
+        reader.reads_on(place(index, 0), usize::MAX);
+        let read = reader.record(place(index, 0)).unwrap();
+        assert_eq!(read.body, body(index, 0, 20_000));
+    }
+}
+
+#[test]
 fn spares_are_used_and_survive_a_restart() {
     let storage = SimStorage::new(1);
     let (mut log, _) = open(&storage);

@@ -6,7 +6,7 @@
 //!
 //! Invariants: `len <= capacity`; the first byte lies on a [`BLOCK_BYTES`] address; capacity is a
 //! multiple of it; idle bytes of a pool never exceed its bound. A buffer grows by moving to the next
-//! class, so a small entry that is kept for long pins little memory.
+//! class, so an entry that is kept for long pins at most twice its bytes from 512 KiB on.
 //!
 //! It deliberately does not bound the buffers in use: those hold what callers were allowed to
 //! put in, and their admission is bounded before.
@@ -14,6 +14,7 @@
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
@@ -23,34 +24,38 @@ use crate::storage::BLOCK_BYTES;
 /// Hands out aligned buffers and takes them back. Clones share the idle ones.
 #[derive(Clone)]
 pub struct BufferPool {
-    shelves: Arc<[Shelf; CLASSES]>,
+    shelves: Arc<Shelves>,
+}
+
+struct Shelves {
+    by_class: [ArrayQueue<Memory>; CLASSES],
+    idle_bytes: AtomicUsize,
+    idle_bytes_max: usize,
 }
 
 impl BufferPool {
-    /// A pool that keeps at most `idle_bytes_max` of unused buffers, the same share for each class.
+    /// A pool that keeps at most `idle_bytes_max` of unused buffers.
     pub fn new(idle_bytes_max: usize) -> BufferPool {
-        let share = idle_bytes_max / CLASSES;
         let shelf = |class: usize| {
-            let buffers_max = share / CLASS_BYTES[class];
-            Shelf {
-                idle: (buffers_max > 0).then(|| ArrayQueue::new(buffers_max)),
-            }
+            let buffers_max = idle_bytes_max / CLASS_BYTES[class];
+            ArrayQueue::new(buffers_max.clamp(1, SHELF_BUFFERS_MAX))
         };
         BufferPool {
-            shelves: Arc::new(std::array::from_fn(shelf)),
+            shelves: Arc::new(Shelves {
+                by_class: std::array::from_fn(shelf),
+                idle_bytes: AtomicUsize::new(0),
+                idle_bytes_max,
+            }),
         }
     }
 
     /// An empty buffer with room for at least `capacity` bytes.
     pub fn take(&self, capacity: usize) -> AlignedBuf {
         let class = class_for(capacity);
-        let memory = class
-            .and_then(|class| self.shelves[class].idle.as_ref()?.pop())
-            .unwrap_or_else(|| {
-                Memory::new(
-                    class.map_or(capacity.next_multiple_of(BLOCK_BYTES), |c| CLASS_BYTES[c]),
-                )
-            });
+        let memory = class.and_then(|class| self.shelves.take(class));
+        let memory = memory.unwrap_or_else(|| {
+            Memory::new(class.map_or(capacity.next_multiple_of(BLOCK_BYTES), |c| CLASS_BYTES[c]))
+        });
         AlignedBuf {
             memory,
             len: 0,
@@ -59,18 +64,33 @@ impl BufferPool {
     }
 
     fn give_back(&self, memory: Memory) {
-        if let Some(class) = CLASS_BYTES.iter().position(|&c| c == memory.capacity)
-            && let Some(idle) = &self.shelves[class].idle
-        {
-            // A full shelf hands the buffer back, and it is freed here.
-            drop(idle.push(memory));
+        if let Some(class) = CLASS_BYTES.iter().position(|&c| c == memory.capacity) {
+            self.shelves.give_back(class, memory);
         }
     }
 
     #[cfg(test)]
     fn idle(&self) -> usize {
-        let count = |shelf: &Shelf| shelf.idle.as_ref().map_or(0, ArrayQueue::len);
-        self.shelves.iter().map(count).sum()
+        self.shelves.by_class.iter().map(ArrayQueue::len).sum()
+    }
+}
+
+impl Shelves {
+    fn take(&self, class: usize) -> Option<Memory> {
+        let memory = self.by_class[class].pop()?;
+        self.idle_bytes
+            .fetch_sub(memory.capacity, Ordering::Relaxed);
+        Some(memory)
+    }
+
+    /// Keeps it if there is room; else it is freed.
+    fn give_back(&self, class: usize, memory: Memory) {
+        let bytes = memory.capacity;
+        // Counted before it is put there, so that the bound holds for all threads together.
+        let idle = self.idle_bytes.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        if idle > self.idle_bytes_max || self.by_class[class].push(memory).is_err() {
+            self.idle_bytes.fetch_sub(bytes, Ordering::Relaxed);
+        }
     }
 }
 
@@ -95,7 +115,8 @@ impl AlignedBuf {
             return;
         }
         // Beyond the largest class growth must still be by a factor, or pushing would be quadratic.
-        let mut larger = self.pool.take(needed.max(self.memory.capacity * 2));
+        let grown = self.memory.capacity + self.memory.capacity / 8;
+        let mut larger = self.pool.take(needed.max(grown));
         larger.extend_from_slice(self);
         *self = larger;
     }
@@ -165,11 +186,6 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
-/// Idle buffers of one class; none are kept where the pool's bound is too small for one.
-struct Shelf {
-    idle: Option<ArrayQueue<Memory>>,
-}
-
 /// One block more than the capacity, so that an aligned start exists without `unsafe`.
 #[derive(Default)]
 struct Memory {
@@ -206,10 +222,13 @@ fn class_for(capacity: usize) -> Option<usize> {
     CLASS_BYTES.iter().position(|&class| capacity <= class)
 }
 
-const CLASSES: usize = 5;
+const CLASSES: usize = 6;
 
 /// Capacities that are kept for reuse; larger buffers are made to measure and freed.
-const CLASS_BYTES: [usize; CLASSES] = [8 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20];
+const CLASS_BYTES: [usize; CLASSES] = [8 << 10, 64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20];
+
+/// Most idle buffers of one class.
+const SHELF_BUFFERS_MAX: usize = 256;
 
 #[cfg(test)]
 mod tests {
@@ -278,11 +297,17 @@ mod tests {
 
     #[test]
     fn idle_memory_stays_within_the_bound() {
-        let pool = BufferPool::new(5 * (64 << 10));
+        let pool = BufferPool::new(3 * (64 << 10));
         let buffers: Vec<_> = (0..4).map(|_| pool.take(64 << 10)).collect();
         drop(buffers);
-        assert_eq!(pool.idle(), 1);
-        drop(pool.take(1 << 20));
-        assert_eq!(pool.idle(), 1);
+        assert_eq!(pool.idle(), 3);
+        drop(pool.take(8 << 10));
+        assert_eq!(pool.idle(), 3, "of whatever size");
+        drop((pool.take(64 << 10), pool.take(1 << 20)));
+        assert_eq!(
+            pool.idle(),
+            3,
+            "one was taken and came back, the large one has no room"
+        );
     }
 }

@@ -140,6 +140,8 @@ pub enum ReadError {
     NotFound(LogIndex),
     #[error("the entry was written by a newer millpond (format {found}); start that version")]
     NewerFormat { found: u16 },
+    #[error("the record has {bytes} bytes, more than were asked for")]
+    TooLarge { bytes: usize },
     #[error("cannot read {file}")]
     Io {
         file: String,

@@ -94,6 +94,11 @@ impl<S: Storage> LogReader<S> {
 
     /// One record, verified by its checksum.
     pub fn record(&self, place: Place) -> Result<RecordBytes, ReadError> {
+        self.record_within(place, usize::MAX)
+    }
+
+    /// As `record`, if its body has at most so many bytes; else nothing is allocated for it.
+    pub fn record_within(&self, place: Place, bytes_max: usize) -> Result<RecordBytes, ReadError> {
         let index = place.index;
         let (segment, damage) = {
             let tables = self.tables.read();
@@ -106,7 +111,7 @@ impl<S: Storage> LogReader<S> {
         let Some(spot) = segment.spot(index)? else {
             return Err(damage.map_or(ReadError::NotFound(index), ReadError::Damaged));
         };
-        read_record(&segment, spot, place)
+        read_record(&segment, spot, place, bytes_max)
     }
 
     /// Who has just read up to this record, `bytes` of it and before, reads on: has as much read into
@@ -176,6 +181,7 @@ fn read_record<F: StorageFile>(
     segment: &Segment<F>,
     spot: Spot,
     place: Place,
+    bytes_max: usize,
 ) -> Result<RecordBytes, ReadError> {
     let damaged = || {
         ReadError::Damaged(IndexRange {
@@ -213,6 +219,10 @@ fn read_record<F: StorageFile>(
     let body_at = at + RECORD_HEADER_BYTES;
     if body_at + head.body_bytes() > entry.header.used_bytes() {
         return Err(damaged());
+    }
+    if head.body_bytes() > bytes_max {
+        let bytes = head.body_bytes();
+        return Err(ReadError::TooLarge { bytes });
     }
     let mut body = vec![0; head.body_bytes()];
     segment.fill(spot.position() + body_at as u64, &mut body)?;

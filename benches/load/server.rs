@@ -20,7 +20,7 @@ pub async fn serve(role: Role, args: &Args) -> Result<()> {
     }
 }
 
-/// A broker as `millpond serve` starts it, but for its addresses.
+/// A broker as `millpond serve` starts it, but for its addresses and its memory budget.
 async fn broker(dir: &Path, mtu: u16) -> Result<()> {
     let mut config = Config {
         data: dir.to_owned(),
@@ -29,6 +29,7 @@ async fn broker(dir: &Path, mtu: u16) -> Result<()> {
         ..Config::default()
     };
     config.quic.max_mtu = mtu;
+    config.memory.budget_bytes = MEMORY_BYTES;
     let broker = Broker::start(config).await?;
     let ca = dir.join("bench-ca.pem");
     std::fs::write(&ca, broker.ca_pem()?)?;
@@ -72,4 +73,6 @@ async fn parent_gone() {
     let mut none = [0; 1];
     while matches!(stdin().read(&mut none).await, Ok(1..)) {}
 }
+/// Room for 10,000 connections; the default has it for fewer.
+const MEMORY_BYTES: u64 = 2 << 30;
 const STOP_MAX: Duration = Duration::from_secs(15);

@@ -22,6 +22,9 @@ use crate::shard::skip_messages;
 
 /// Rows looked up at once when reading from the log.
 const ROWS_MAX: usize = 256;
+/// Bytes of a record that are read whatever was asked for: a batch of small messages, which is held only
+/// until some of it is copied, by as many threads as may read.
+pub const RECORD_BYTES_FREE: usize = 1 << 20;
 /// A record of a message takes at least this much of the cache's bound, for its bookkeeping.
 const RUN_BYTES_MIN: usize = 128;
 
@@ -33,6 +36,8 @@ pub struct Run {
     pub stamp: Stamp,
     /// The messages, one behind the other.
     pub messages: Bytes,
+    /// Bytes of memory that a slice of them keeps alive.
+    pub pinned: usize,
 }
 
 impl Run {
@@ -58,6 +63,7 @@ impl Run {
             count: taken,
             stamp: self.stamp,
             messages: behind.slice(..length),
+            pinned: self.pinned,
         }
     }
 }
@@ -82,6 +88,9 @@ pub enum BodyError {
     /// Its bytes are damaged on disk; the next readable offset is named.
     #[error("offsets {first} to before {next} are damaged on disk")]
     Damaged { first: Offset, next: Offset },
+    /// The record that holds it takes more memory than was asked for.
+    #[error("it takes {bytes} bytes to read it")]
+    TooLarge { bytes: u64 },
     /// It is no longer kept.
     #[error("offset {0} is no longer kept")]
     Gone(Offset),
@@ -139,7 +148,7 @@ impl<S: Storage> Bodies<S> {
     }
 
     /// Runs from `offset` on, without holes, up to `count` messages and about `bytes` bytes; at least
-    /// one message. Cancel-safe.
+    /// one message. A record larger than `bytes` and than [`RECORD_BYTES_FREE`] is not read. Cancel-safe.
     pub async fn read(
         &self,
         topic: TopicId,
@@ -250,11 +259,14 @@ pub fn read_log<S: Storage>(
         if row.base > next.0 {
             break;
         }
-        let run = match read_row(reader, &row) {
+        let run = match read_row(reader, &row, bytes.max(RECORD_BYTES_FREE)) {
             Ok(run) => run.part(next, left, room),
             Err(_) if !runs.is_empty() => break,
             Err(error) => return Err(error),
         };
+        if !runs.is_empty() && run.messages.len() > room {
+            break;
+        }
         next = Offset(run.base.0 + u64::from(run.count));
         left -= run.count;
         room = room.saturating_sub(run.messages.len());
@@ -275,13 +287,21 @@ pub fn read_log<S: Storage>(
     }
 }
 
-fn read_row<S: Storage>(reader: &LogReader<S>, row: &Row) -> Result<Run, BodyError> {
+fn read_row<S: Storage>(
+    reader: &LogReader<S>,
+    row: &Row,
+    bytes_max: usize,
+) -> Result<Run, BodyError> {
     let damaged = || BodyError::Damaged {
         first: Offset(row.base),
         next: Offset(row.base + u64::from(row.count)),
     };
-    let record = match reader.record(row.place) {
+    let record = match reader.record_within(row.place, bytes_max) {
         Ok(record) => record,
+        Err(ReadError::TooLarge { bytes }) => {
+            let bytes = bytes as u64;
+            return Err(BodyError::TooLarge { bytes });
+        }
         Err(ReadError::Damaged { .. }) => return Err(damaged()),
         Err(error) => return Err(BodyError::Io(error.to_string())),
     };
@@ -289,7 +309,9 @@ fn read_row<S: Storage>(reader: &LogReader<S>, row: &Row) -> Result<Run, BodyErr
         return Err(damaged());
     }
     let messages = skip_messages(&record.body.slice(PUBLISH_FIXED_BYTES..), row.skip);
+    let pinned = record.body.len();
     Ok(Run {
+        pinned,
         base: Offset(row.base),
         count: row.count,
         stamp: Stamp(row.stamp),
@@ -307,8 +329,9 @@ pub struct Cache {
 #[derive(Default)]
 struct Held {
     topics: BTreeMap<TopicId, VecDeque<Run>>,
-    /// Topics in the order their runs came in: the first run of the first topic is the oldest.
-    order: VecDeque<TopicId>,
+    /// Topics in the order their runs came in, with what each run costs: the first run of the first
+    /// topic is the oldest.
+    order: VecDeque<(TopicId, usize)>,
     bytes: usize,
 }
 
@@ -318,19 +341,22 @@ impl Cache {
     pub fn fill(&self, fresh: impl IntoIterator<Item = Fresh>, share: Share) {
         let mut held = self.held.write();
         for item in fresh {
-            let messages = match share {
-                Share::Buffer => item.messages,
-                Share::Copy => Bytes::copy_from_slice(&item.messages),
+            // A group's buffer has at most twice the bytes of its records.
+            let (messages, bytes, pinned) = match share {
+                Share::Buffer(group) => (item.messages.clone(), 2 * item.messages.len(), 2 * group),
+                Share::Copy => {
+                    let bytes = item.messages.len();
+                    (Bytes::copy_from_slice(&item.messages), bytes, bytes)
+                }
             };
-            held.bytes += cost(&messages);
-            held.order.push_back(item.topic);
             let run = Run {
                 base: item.base,
                 count: item.count,
                 stamp: item.stamp,
                 messages,
+                pinned,
             };
-            held.topics.entry(item.topic).or_default().push_back(run);
+            held.put(item.topic, run, bytes.max(RUN_BYTES_MIN));
         }
         while held.bytes > self.bound {
             held.evict();
@@ -353,6 +379,9 @@ impl Cache {
                 break;
             }
             let part = run.part(next, left, room);
+            if !out.is_empty() && part.messages.len() > room {
+                break;
+            }
             next = Offset(part.base.0 + u64::from(part.count));
             left -= part.count;
             room = room.saturating_sub(part.messages.len());
@@ -365,7 +394,8 @@ impl Cache {
 /// Whether the cache keeps a commit group's own buffer alive or copies out of it.
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]
 pub enum Share {
-    Buffer,
+    /// The buffer of a group of so many bytes.
+    Buffer(usize),
     Copy,
 }
 
@@ -377,7 +407,7 @@ impl Share {
     #[must_use]
     pub fn of_group(bytes: usize) -> Self {
         if bytes >= SHARE_BYTES_MIN {
-            Self::Buffer
+            Self::Buffer(bytes)
         } else {
             Self::Copy
         }
@@ -385,25 +415,26 @@ impl Share {
 }
 
 impl Held {
+    fn put(&mut self, topic: TopicId, run: Run, bytes: usize) {
+        self.bytes += bytes;
+        self.order.push_back((topic, bytes));
+        self.topics.entry(topic).or_default().push_back(run);
+    }
+
     fn evict(&mut self) {
-        let Some(topic) = self.order.pop_front() else {
+        let Some((topic, bytes)) = self.order.pop_front() else {
             self.bytes = 0;
             return;
         };
+        self.bytes = self.bytes.saturating_sub(bytes);
         let Some(runs) = self.topics.get_mut(&topic) else {
             return;
         };
-        if let Some(run) = runs.pop_front() {
-            self.bytes = self.bytes.saturating_sub(cost(&run.messages));
-        }
+        runs.pop_front();
         if runs.is_empty() {
             self.topics.remove(&topic);
         }
     }
-}
-
-fn cost(messages: &Bytes) -> usize {
-    messages.len().max(RUN_BYTES_MIN)
 }
 
 #[cfg(test)]

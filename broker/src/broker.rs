@@ -114,7 +114,7 @@ impl Broker {
         let first_token = first_token(&config, &mut shard)?;
         let bodies = Bodies::new(
             shard.log().reader(),
-            cache_bytes(&config),
+            as_usize(config.memory.cache_bytes()),
             config.read_threads,
         );
         let identity = (shard.log().store_id(), shard.log().recovery_epoch());
@@ -303,6 +303,7 @@ fn shard_options(config: &Config) -> ShardOptions {
         segment_bytes: config.log.segment_bytes,
         spare_segments: config.log.spare_segments,
         entry_bytes_max: ENTRY_BYTES_MAX,
+        buffer_bytes_idle: as_usize(config.memory.log_idle_bytes()),
         ..millpond_wal::Options::default()
     };
     ShardOptions {
@@ -315,9 +316,8 @@ fn shard_options(config: &Config) -> ShardOptions {
 const ENTRY_BYTES_MAX: usize =
     crate::shard::GROUP_BYTES_TARGET + millpond_protocol::limits::FRAME_BYTES_MAX + (1 << 20);
 
-/// An eighth of the memory budget keeps recent bodies.
-fn cache_bytes(config: &Config) -> usize {
-    usize::try_from(config.memory.budget_bytes / 8).unwrap_or(usize::MAX)
+fn as_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 fn log_recovery(recovered: &crate::shard::Recovered, took: Duration) {

@@ -1,13 +1,18 @@
 //! What an operator may set: every value with its default, its range and what it costs.
 //!
 //! Owns reading the TOML file and checking it. A key that is not known is an error, so that a
-//! misspelt limit is not silently a default. Memory in the worst case is, by these names:
+//! misspelt limit is not silently a default. `memory.budget_bytes` is what the process may have
+//! resident of its own (`RssAnon`; files that are mapped are the page cache's). It is split so:
 //!
 //! ```text
-//! memory.budget_bytes                                        messages on their way in and out
-//! + quic.max_connections * quic.send_window_bytes            written, not yet acknowledged by peers
-//! + quic.max_connections * quic.connection_window_bytes()    only if authenticated peers fill every
-//!                                                            stream while the budget is exhausted
+//! 40 MiB  the process itself, and the log's buffers for one entry of the largest size
+//!    1/8  what the allocator cannot give back, and the state of topics and subscriptions
+//!   1/16  recent bodies, for consumers at the tail
+//!   1/32  idle buffers of the log
+//!   1/16  received by QUIC and not yet read          (one connection at most a quarter of what is free)
+//!   1/16  written to QUIC and not yet acknowledged   (likewise)
+//!   half of the rest   connections and their streams; beyond it newcomers are refused
+//!   half of the rest   messages on their way in and out; beyond it they wait
 //! ```
 //!
 //! It does not look at the disk or the network: that a folder is writable or a port is free is
@@ -82,17 +87,18 @@ pub struct TlsConfig {
     pub names: Vec<String>,
 }
 
-/// How much memory messages may take. Shares keep one user from taking all of it.
+/// How much memory the broker may take. Shares keep one user from taking all that messages may.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct MemoryConfig {
-    /// Bytes of messages on their way in and out. Default 512 MiB; at least 64 MiB.
+    /// Bytes that the process may have resident, files aside. Default 512 MiB; at least 192 MiB, of
+    /// which the process takes 40. The file's head says how it is split.
     pub budget_bytes: u64,
-    /// Most of the budget that one connection may hold. Default 25 %.
+    /// Most of the messages' part that one connection may hold. Default 25 %.
     pub connection_percent: u8,
-    /// Most of the budget that one topic's publishes may hold. Default 50 %.
+    /// Most of the messages' part that one topic's publishes may hold. Default 50 %.
     pub topic_percent: u8,
-    /// Most of the budget that all connections of one token may hold. Default 50 %.
+    /// Most of the messages' part that all connections of one token may hold. Default 50 %.
     pub token_percent: u8,
 }
 
@@ -126,9 +132,54 @@ impl MemoryConfig {
         self.share(self.token_percent)
     }
 
-    /// A share always holds one frame of the largest size, or that frame could never be read.
+    /// A share always has room for one frame of the largest size beside small ones, or that frame
+    /// could never be read.
     fn share(&self, percent: u8) -> u64 {
-        (self.budget_bytes / 100 * u64::from(percent)).max(FRAME_BYTES_MAX as u64)
+        (self.message_bytes() / 100 * u64::from(percent)).max(SHARE_BYTES_MIN)
+    }
+
+    /// Bytes of recent bodies.
+    #[must_use]
+    pub fn cache_bytes(&self) -> u64 {
+        self.budget_bytes / 16
+    }
+
+    /// Bytes of idle buffers that the log keeps for its next entries.
+    #[must_use]
+    pub fn log_idle_bytes(&self) -> u64 {
+        self.budget_bytes / 32
+    }
+
+    /// Bytes that may have been received and not read, of all connections.
+    #[must_use]
+    pub fn receive_bytes(&self) -> u64 {
+        self.budget_bytes / 16
+    }
+
+    /// Bytes that may have been written and not acknowledged, of all connections.
+    #[must_use]
+    pub fn send_bytes(&self) -> u64 {
+        self.budget_bytes / 16
+    }
+
+    /// Bytes of connections and their streams, by what one costs at least
+    /// (`memory::CONNECTION_BYTES`, `memory::STREAM_BYTES`).
+    #[must_use]
+    pub fn session_bytes(&self) -> u64 {
+        self.rest_bytes() / 2
+    }
+
+    /// Bytes of messages on their way in and out.
+    #[must_use]
+    pub fn message_bytes(&self) -> u64 {
+        self.rest_bytes() - self.session_bytes()
+    }
+
+    fn rest_bytes(&self) -> u64 {
+        let parts =
+            self.cache_bytes() + self.log_idle_bytes() + self.receive_bytes() + self.send_bytes();
+        let free = self.budget_bytes.saturating_sub(PROCESS_BYTES);
+        free.saturating_sub(self.budget_bytes / 8 + parts)
     }
 }
 
@@ -194,7 +245,8 @@ impl Default for DiskConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct QuicConfig {
-    /// Most connections at once. Default 12,000; 1 to 1,000,000; an idle one costs about 30 KiB.
+    /// Most connections at once, if the memory budget has room for them (see
+    /// `MemoryConfig::session_bytes`). Default 12,000; 1 to 1,000,000.
     pub max_connections: usize,
     /// Upper bound of path MTU discovery, in bytes of UDP payload. Default 1,452; 1,200 to 6,400
     /// (above that the kernel no longer sends several packets in one call).
@@ -208,11 +260,11 @@ pub struct QuicConfig {
     pub handshake_deadline_ms: u64,
     /// Streams that one connection may have open. Default 1,100; 4 to 4,096.
     pub streams_max: u32,
-    /// Bytes a peer may send ahead of being read, per stream. Default 1 MiB; 64 KiB to 64 MiB.
-    /// Bandwidth of one stream is at most this per round trip.
+    /// Bytes a peer may send ahead of being read, per stream, if the memory budget has room. Default
+    /// 1 MiB; 64 KiB to 64 MiB. Bandwidth of one stream is at most this per round trip.
     pub stream_window_bytes: u32,
-    /// Bytes written to a peer and not yet acknowledged by it, per connection. Default 8 MiB;
-    /// 64 KiB to 256 MiB.
+    /// Bytes written to a peer and not yet acknowledged by it, per connection, if the memory budget has
+    /// room. Default 8 MiB; 64 KiB to 256 MiB.
     pub send_window_bytes: u32,
 }
 
@@ -232,13 +284,6 @@ impl Default for QuicConfig {
 }
 
 impl QuicConfig {
-    /// The connection's receive window: the sum of its streams' windows and not a setting of its
-    /// own, because with less, one unread stream would starve another's acknowledgements.
-    #[must_use]
-    pub fn connection_window_bytes(&self) -> u64 {
-        u64::from(self.streams_max) * u64::from(self.stream_window_bytes)
-    }
-
     /// Longest time from the first packet to an authenticated hello.
     #[must_use]
     pub fn handshake_deadline(&self) -> Duration {
@@ -354,7 +399,7 @@ impl MemoryConfig {
         within(
             "memory.budget_bytes",
             self.budget_bytes,
-            64 << 20..=MEMORY_BYTES_MAX,
+            MEMORY_BYTES_MIN..=MEMORY_BYTES_MAX,
         )?;
         within(
             "memory.connection_percent",
@@ -461,6 +506,14 @@ fn address_or_off<'de, D: Deserializer<'de>>(input: D) -> Result<Option<SocketAd
 const TLS_NAMES_MAX: usize = 64;
 /// Longest name of a token, in bytes.
 const FIRST_TOKEN_NAME_BYTES_MAX: usize = 200;
+/// The process itself (about 15 MiB on 2 cores), and the log's buffers while it writes a message of the
+/// largest size: the group that had to grow for it, and the one before.
+const PROCESS_BYTES: u64 = 40 << 20;
+/// The least with which a message of the largest size can come in and go out beside small ones. At 160 MiB
+/// producers of 64 KiB to 15 MiB, idle connections and consumers that take and never finish reached 159 resident.
+pub const MEMORY_BYTES_MIN: u64 = 192 << 20;
+/// One frame of the largest size, and small ones beside it.
+pub const SHARE_BYTES_MIN: u64 = FRAME_BYTES_MAX as u64 + (4 << 20);
 /// No machine has more (16 TiB); a larger number is a slip.
 const MEMORY_BYTES_MAX: u64 = 16 << 40;
 /// No disk has more (1 EiB); a larger number is a slip.
@@ -484,9 +537,9 @@ mod tests {
 
     #[test]
     fn a_section_keeps_the_defaults_of_what_it_leaves_out() {
-        let config = parse("http = \"off\"\n[memory]\nbudget_bytes = 134217728\n").unwrap();
+        let config = parse("http = \"off\"\n[memory]\nbudget_bytes = 268435456\n").unwrap();
         assert_eq!(config.http, None);
-        assert_eq!(config.memory.budget_bytes, 128 << 20);
+        assert_eq!(config.memory.budget_bytes, 256 << 20);
         assert_eq!(config.memory.topic_percent, 50);
     }
 
@@ -534,14 +587,41 @@ mod tests {
     #[test]
     fn every_share_holds_the_largest_frame() {
         let memory = MemoryConfig {
-            budget_bytes: 64 << 20,
+            budget_bytes: MEMORY_BYTES_MIN,
             connection_percent: 1,
             ..MemoryConfig::default()
         };
-        assert_eq!(memory.connection_bytes(), FRAME_BYTES_MAX as u64);
+        assert_eq!(memory.connection_bytes(), SHARE_BYTES_MIN);
+        assert!(memory.message_bytes() >= SHARE_BYTES_MIN);
+        let default = MemoryConfig::default();
+        assert_eq!(default.topic_bytes(), default.message_bytes() / 100 * 50);
+    }
+
+    #[test]
+    fn the_parts_of_the_budget_are_the_budget() {
+        for mib in [192, 193, 512, 4096] {
+            let memory = MemoryConfig {
+                budget_bytes: mib << 20,
+                ..MemoryConfig::default()
+            };
+            let parts = PROCESS_BYTES
+                + memory.budget_bytes / 8
+                + memory.cache_bytes()
+                + memory.log_idle_bytes()
+                + memory.receive_bytes()
+                + memory.send_bytes()
+                + memory.session_bytes()
+                + memory.message_bytes();
+            assert_eq!(parts, memory.budget_bytes);
+        }
+    }
+
+    #[test]
+    fn a_budget_too_small_for_the_largest_message_is_refused() {
+        let error = parse("[memory]\nbudget_bytes = 67108864\n").unwrap_err();
         assert_eq!(
-            MemoryConfig::default().topic_bytes(),
-            (512 << 20) / 100 * 50
+            error.to_string(),
+            "the setting `memory.budget_bytes` is 67108864, but must be from 201326592 to 17592186044416"
         );
     }
 

@@ -20,8 +20,9 @@ use crate::metrics::BrokerMetrics;
 use crate::shard::io::{Input, Output, StreamId};
 use crate::shard::{Done, Fatal, Job, Outbox, Shard};
 
-/// Messages waiting for the shard; about 100 bytes each beside the bodies, which hold permits.
-const INBOX_MAX: usize = 65_536;
+/// Messages waiting for the shard; about 200 bytes each, taken at the start, beside the bodies, which
+/// hold permits.
+const INBOX_MAX: usize = 8_192;
 /// Jobs waiting for the upkeep thread; the shard starts at most one of each kind.
 const JOBS_MAX: usize = 8;
 /// How long a full inbox is left alone before the next try.

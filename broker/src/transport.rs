@@ -1,9 +1,17 @@
 //! How the server speaks QUIC: every window, limit and timeout, set explicitly.
 //!
-//! Two stages. Until a connection is authenticated it has [`UNAUTHENTICATED_STREAMS`] streams and
-//! a window for just those; [`admit`] raises both. The connection's window always covers the sum
-//! of its streams' windows (`streams_max * stream_window <= connection_window`), so that a stream
-//! that nobody reads cannot starve another's acknowledgements.
+//! Until a connection is authenticated it has [`UNAUTHENTICATED_STREAMS`] streams; [`admit`] allows
+//! more. Its windows begin at [`BASE_WINDOW_BYTES`], which every connection is charged for, and grow
+//! with what is lent from the memory budget when streams need them ([`Windows`]):
+//!
+//! ```text
+//! received, not read         <= base + loans      (of all connections: charged + the receive pool)
+//! written, not acknowledged  <= base + loan       (of all connections: charged + the send pool)
+//! ```
+//!
+//! While the pool has room, a connection's window covers its streams' windows. Beyond that one stream
+//! that is not read takes from the others, but stops nobody for ever: a stream is left unread only while
+//! memory is waited for, and that memory comes back by commits and by time, never by what is behind it.
 //!
 //! It does not decide whom to accept, retry or authenticate: that is the accept loop's.
 
@@ -11,11 +19,13 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{AckFrequencyConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::config::{Config, QuicConfig};
+use crate::memory::{Loan, MemoryBudget};
 use crate::start_error::{Door, StartError};
 use crate::tls;
 
@@ -35,7 +45,9 @@ pub fn server_config(config: &Config, wall_us: u64) -> Result<quinn::ServerConfi
         .transport_config(Arc::new(server_transport(&config.quic)))
         .max_incoming(INCOMING_MAX)
         .incoming_buffer_size(INCOMING_BYTES_MAX)
-        .incoming_buffer_size_total(INCOMING_BYTES_TOTAL_MAX);
+        .incoming_buffer_size_total(
+            INCOMING_BYTES_TOTAL_MAX.min(config.memory.budget_bytes / INCOMING_PART),
+        );
     Ok(server)
 }
 
@@ -54,9 +66,9 @@ pub fn server_transport(quic: &QuicConfig) -> TransportConfig {
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
         .stream_receive_window(VarInt::from_u32(quic.stream_window_bytes))
-        .receive_window(window(UNAUTHENTICATED_STREAMS, quic.stream_window_bytes))
-        .send_window(u64::from(quic.send_window_bytes))
-        .max_idle_timeout(Some(IdleTimeout::from(millis(quic.idle_timeout_ms))))
+        .receive_window(var(BASE_WINDOW_BYTES))
+        .send_window(BASE_WINDOW_BYTES)
+        .max_idle_timeout(Some(IdleTimeout::from(var(quic.idle_timeout_ms))))
         .keep_alive_interval(Some(Duration::from_millis(quic.keep_alive_ms)))
         .mtu_discovery_config(Some(mtu))
         .ack_frequency_config(Some(acks))
@@ -64,10 +76,135 @@ pub fn server_transport(quic: &QuicConfig) -> TransportConfig {
     transport
 }
 
-/// Gives an authenticated connection its streams and the window that covers them.
+/// Gives an authenticated connection its first streams.
 pub fn admit(connection: &quinn::Connection, quic: &QuicConfig) {
-    connection.set_receive_window(window(quic.streams_max, quic.stream_window_bytes));
-    connection.set_max_concurrent_bi_streams(VarInt::from_u32(quic.streams_max));
+    let first = quic.streams_max.min(FIRST_STREAMS);
+    connection.set_max_concurrent_bi_streams(VarInt::from_u32(first));
+}
+
+/// How many streams a connection may have open. It begins with few and is doubled while the peer uses
+/// more than half, because the library keeps about 90 bytes for each that is allowed, used or not.
+pub struct Allowance {
+    allowed: u32,
+    max: u32,
+    /// One for each open stream, and one.
+    open: Arc<()>,
+}
+
+impl Allowance {
+    /// As [`admit`] leaves a connection.
+    #[must_use]
+    pub fn new(quic: &QuicConfig) -> Self {
+        Self {
+            allowed: quic.streams_max.min(FIRST_STREAMS),
+            max: quic.streams_max,
+            open: Arc::new(()),
+        }
+    }
+
+    /// Counts a stream in until what is returned is dropped.
+    pub fn take(&mut self, connection: &quinn::Connection) -> Arc<()> {
+        let used = Arc::clone(&self.open);
+        let wanted = Arc::strong_count(&self.open).saturating_mul(2);
+        if self.allowed < self.max && wanted > self.allowed as usize {
+            self.allowed = self.allowed.saturating_mul(2).min(self.max);
+            connection.set_max_concurrent_bi_streams(VarInt::from_u32(self.allowed));
+        }
+        used
+    }
+}
+
+/// The windows of one connection: wider when a stream needs it and the memory budget has room. They are
+/// not narrowed again while it lasts, because a peer may use at any time what it was once allowed.
+pub struct Windows {
+    connection: quinn::Connection,
+    memory: MemoryBudget,
+    stream_bytes: u64,
+    send_bytes: u64,
+    lent: Mutex<Lent>,
+}
+
+#[derive(Default)]
+struct Lent {
+    producers: Covered,
+    consumers: Covered,
+    receive: Vec<Loan>,
+    send: Option<Loan>,
+}
+
+/// Streams of one kind: how many are open, and for how many the window was widened.
+#[derive(Default)]
+struct Covered {
+    open: u32,
+    most: u32,
+}
+
+impl Covered {
+    /// Counts one in; true if there were never as many.
+    fn add(&mut self) -> bool {
+        self.open += 1;
+        let more = self.open > self.most;
+        self.most = self.most.max(self.open);
+        more
+    }
+}
+
+impl Windows {
+    #[must_use]
+    pub fn new(connection: quinn::Connection, memory: MemoryBudget, quic: &QuicConfig) -> Self {
+        Self {
+            connection,
+            memory,
+            stream_bytes: u64::from(quic.stream_window_bytes),
+            send_bytes: u64::from(quic.send_window_bytes),
+            lent: Mutex::default(),
+        }
+    }
+
+    /// A producer's stream has been opened.
+    pub fn add_producer(&self) {
+        let mut lent = self.lent.lock();
+        if lent.producers.add() {
+            self.widen(&mut lent, self.memory.receive_window(self.stream_bytes));
+        }
+    }
+
+    pub fn remove_producer(&self) {
+        self.lent.lock().producers.open -= 1;
+    }
+
+    /// A consumer's streams have been opened: acknowledgements are small.
+    pub fn add_consumer(&self) {
+        let mut lent = self.lent.lock();
+        if lent.consumers.add() {
+            let wanted = self.stream_bytes.min(ACKS_WINDOW_BYTES);
+            self.widen(&mut lent, self.memory.small_receive_window(wanted));
+        }
+    }
+
+    pub fn remove_consumer(&self) {
+        self.lent.lock().consumers.open -= 1;
+    }
+
+    /// There is something to be sent, and more than a few bytes.
+    pub fn sends(&self) {
+        let mut lent = self.lent.lock();
+        if lent.send.is_none() {
+            let loan = self.memory.send_window(self.send_bytes);
+            self.connection
+                .set_send_window(BASE_WINDOW_BYTES + loan.bytes());
+            lent.send = Some(loan);
+        }
+    }
+
+    fn widen(&self, lent: &mut Lent, loan: Loan) {
+        if loan.bytes() > 0 {
+            lent.receive.push(loan);
+            let all: u64 = lent.receive.iter().map(Loan::bytes).sum();
+            self.connection
+                .set_receive_window(var(BASE_WINDOW_BYTES + all));
+        }
+    }
 }
 
 /// A bound UDP socket with room for a burst; the system may grant less than asked.
@@ -99,23 +236,26 @@ pub fn bind_udp(address: SocketAddr) -> Result<UdpSocket, StartError> {
     Ok(socket.into())
 }
 
-fn window(streams: u32, stream_window_bytes: u32) -> VarInt {
-    let bytes = u64::from(streams) * u64::from(stream_window_bytes);
-    VarInt::from_u64(bytes).unwrap_or(VarInt::MAX)
-}
-
-fn millis(ms: u64) -> VarInt {
-    VarInt::from_u64(ms).unwrap_or(VarInt::MAX)
+fn var(value: u64) -> VarInt {
+    VarInt::from_u64(value).unwrap_or(VarInt::MAX)
 }
 
 /// Streams before authentication: the control stream and one more.
 pub const UNAUTHENTICATED_STREAMS: u32 = 2;
+/// Each window of a connection that has not needed more: a question and an answer.
+pub const BASE_WINDOW_BYTES: u64 = 4 << 10;
+/// What a consumer's acknowledgements may take of the receive window.
+const ACKS_WINDOW_BYTES: u64 = 64 << 10;
+/// Streams of an admitted connection before it has used any.
+const FIRST_STREAMS: u32 = 16;
 /// Connection attempts that wait for the accept loop; further ones are refused.
 const INCOMING_MAX: usize = 1_024;
 /// Bytes kept for one such attempt: a hello of several packets.
 const INCOMING_BYTES_MAX: u64 = 64 << 10;
-/// Bytes kept for all of them.
+/// Bytes kept for all of them, if the memory budget is large enough.
 const INCOMING_BYTES_TOTAL_MAX: u64 = 8 << 20;
+/// The part of the memory budget that they may take, of what is left to the allocator.
+const INCOMING_PART: u64 = 64;
 /// Packets after which a peer is asked to acknowledge, instead of every second one.
 const ACK_EVERY_PACKETS: u32 = 10;
 /// Longest a peer is asked to sit on an acknowledgement.
@@ -136,19 +276,6 @@ mod tests {
             matches!(error, StartError::PortInUse { door: Door::Quic, address: a } if a == address),
             "{error}"
         );
-    }
-
-    #[test]
-    fn the_connection_window_covers_all_streams_at_every_setting() {
-        let largest = QuicConfig {
-            streams_max: 4_096,
-            stream_window_bytes: 64 << 20,
-            ..QuicConfig::default()
-        };
-        for quic in [QuicConfig::default(), largest] {
-            let window = window(quic.streams_max, quic.stream_window_bytes);
-            assert_eq!(window.into_inner(), quic.connection_window_bytes());
-        }
     }
 
     #[tokio::test]

@@ -217,7 +217,7 @@ async fn malformed_frames_of_every_type_slow_nobody_down() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn slow_writers_and_slow_readers_slow_nobody_down() {
-    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
+    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 192 << 20).await;
     let broker = Arc::new(broker);
     let bystander = Bystander::new(&client).await;
     let mut attackers = JoinSet::new();

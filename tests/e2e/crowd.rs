@@ -43,7 +43,7 @@ async fn a_consumer_that_never_reads_slows_nobody_down() {
 
 #[tokio::test]
 async fn a_crowd_that_never_reads_keeps_no_memory_from_others() {
-    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
+    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 192 << 20).await;
     let mut good = subscribe(&client, "good", quick_retries(1, 3)).await;
     publish_and_take(&client, &mut good, 20, 32 << 10).await;
     let peer = Peer::new(&broker).window(4_096);
@@ -72,7 +72,7 @@ async fn a_crowd_that_never_reads_keeps_no_memory_from_others() {
 
 #[tokio::test]
 async fn frames_that_are_announced_and_never_sent_keep_their_memory_only_while_nobody_waits() {
-    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 64 << 20).await;
+    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 192 << 20).await;
     let mut good = subscribe(&client, "good", quick_retries(1, 3)).await;
     let peer = Peer::new(&broker);
     let (mut raws, mut wires) = (Vec::new(), Vec::new());

@@ -297,15 +297,17 @@ fn lateness(counters: &Counters) -> Sample {
 #[must_use]
 pub fn of_memory(budget: &MemoryBudget, others: &[(&str, u64)]) -> Vec<Sample> {
     let classes = Class::ALL.map(|class| (class.name(), budget.used(class)));
+    let lent = budget.lent();
     let mut out: Vec<_> = classes
         .iter()
+        .chain(&lent)
         .chain(others)
         .map(|(what, bytes)| {
             let sample = Sample::gauge("memory_bytes", "Memory by what takes it", *bytes as f64);
             sample.with("budget", *what)
         })
         .collect();
-    let limit = "The configured memory budget for messages on their way";
+    let limit = "The configured memory budget of the process";
     out.push(Sample::gauge(
         "memory_budget_bytes",
         limit,

@@ -1,7 +1,7 @@
 //! Reading ahead of one consumer: while a frame is being sent, the next bodies come off the disk.
 //!
 //! Only for who reads one topic in offset order and misses the cache of recent bodies; retries and
-//! consumers at the tail read what they need and no more. Holds at most two pieces of `AHEAD_BYTES`,
+//! consumers at the tail read what they need and no more. Holds at most two pieces of `PIECE_BYTES`,
 //! paid for from the memory budget; where there is no memory, nothing is read ahead.
 
 use std::collections::VecDeque;
@@ -10,11 +10,13 @@ use millpond_protocol::{Offset, TopicId};
 use millpond_wal::storage::Storage;
 use tokio::task::JoinHandle;
 
-use crate::bodies::{Bodies, BodyError, Run};
+use crate::bodies::{Bodies, BodyError, RECORD_BYTES_FREE, Run};
 use crate::memory::{Class, MemoryBudget, Permit, Share};
 
 /// Bytes of bodies that are read at once for a sequential reader.
 const AHEAD_BYTES: usize = 1 << 20;
+/// Bytes that a piece may take: its last record is read whole.
+const PIECE_BYTES: u64 = AHEAD_BYTES as u64 + RECORD_BYTES_FREE as u64;
 /// Messages that are read at once.
 const AHEAD_MESSAGES: u32 = 16_384;
 
@@ -104,9 +106,9 @@ impl<S: Storage> Ahead<S> {
     }
 
     fn start(&mut self, offset: Offset) {
-        let Some(permit) =
-            self.memory
-                .try_acquire(AHEAD_BYTES as u64, Class::Outbound, &self.share)
+        let Some(permit) = self
+            .memory
+            .try_acquire(PIECE_BYTES, Class::Outbound, &self.share)
         else {
             return;
         };
@@ -131,6 +133,9 @@ impl<S: Storage> Ahead<S> {
                 break;
             };
             let part = front.part(next, left, room);
+            if !runs.is_empty() && part.messages.len() > room {
+                break;
+            }
             let taken = part.count;
             room = room.saturating_sub(part.messages.len());
             left -= taken;

@@ -13,8 +13,9 @@ use tokio::time::timeout;
 
 use super::frames::{FrameReader, FrameWriter, StreamError, code};
 use super::{Context, consumer, control, producer, settlement};
-use crate::memory::Share;
+use crate::memory::{CONNECTION_BYTES, Loan, STREAM_BYTES, Share};
 use crate::shard::io::{Input, Output};
+use crate::transport::Windows;
 use crate::{token, transport};
 
 /// Connections in their handshake beyond which a newcomer must prove its address first.
@@ -35,6 +36,7 @@ pub struct Peer {
     pub token: Option<String>,
     /// This connection's part of the memory budget.
     pub share: Share,
+    pub windows: Arc<Windows>,
     pub connection: Connection,
 }
 
@@ -52,17 +54,23 @@ pub async fn accept<S: Storage>(context: Arc<Context<S>>, endpoint: quinn::Endpo
             let _ = incoming.retry();
             continue;
         }
+        let Some(room) = context.memory.session(CONNECTION_BYTES) else {
+            tracing::debug!("a connection is refused: the memory for connections is used up");
+            incoming.refuse();
+            continue;
+        };
         let tracker = context.tasks.clone();
-        tracker.spawn(serve(context.clone(), incoming));
+        tracker.spawn(serve(context.clone(), incoming, room));
     }
 }
 
-async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming) {
+async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming, _room: Loan) {
     let deadline = context.config.quic.handshake_deadline();
     let remote = incoming.remote_address();
     let welcomed = {
         let _handshake = context.metrics.begin_handshake();
-        timeout(deadline, welcome(&context, incoming)).await
+        // Boxed, because this task outlives it by far and would keep its size.
+        timeout(deadline, Box::pin(welcome(&context, incoming))).await
     };
     let (peer, control) = match welcomed {
         Ok(Ok(welcomed)) => welcomed,
@@ -82,10 +90,18 @@ async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming) {
     context
         .tasks
         .spawn(end_with(connection.clone(), of_control));
+    let mut allowance = transport::Allowance::new(&context.config.quic);
     while let Ok((send, recv)) = connection.accept_bi().await {
-        context
-            .tasks
-            .spawn(stream(context.clone(), peer.clone(), send, recv));
+        let used = allowance.take(&connection);
+        let Some(room) = context.memory.session(STREAM_BYTES) else {
+            FrameWriter::new(send).reset(ErrorCode::Memory);
+            continue;
+        };
+        let of_stream = stream(context.clone(), peer.clone(), send, recv);
+        context.tasks.spawn(async move {
+            of_stream.await;
+            drop((used, room));
+        });
     }
     tracing::debug!(%remote, client = peer.client_name, "connection closed");
 }
@@ -126,10 +142,16 @@ async fn welcome<S: Storage>(
             };
             writer.write_control(FrameType::Welcome, &welcome).await?;
             let share = context.memory.connection(token.as_deref());
+            let windows = Windows::new(
+                connection.clone(),
+                context.memory.clone(),
+                &context.config.quic,
+            );
             let peer = Peer {
                 client_name: hello.client_name,
                 token,
                 share,
+                windows: Arc::new(windows),
                 connection,
             };
             Ok((peer, (writer.into_inner(), reader)))
@@ -225,9 +247,14 @@ async fn stream<S: Storage>(
                 .await;
         }
     };
+    // Boxed, so that one kind does not take the room of the largest.
     match first.kind {
-        FrameType::OpenProducer => producer::run(context, peer, writer, reader, first).await,
-        FrameType::OpenConsumer => consumer::run(context, peer, writer, reader, first).await,
-        _ => settlement::run(context, peer, writer, reader, first).await,
+        FrameType::OpenProducer => {
+            Box::pin(producer::run(context, peer, writer, reader, first)).await;
+        }
+        FrameType::OpenConsumer => {
+            Box::pin(consumer::run(context, peer, writer, reader, first)).await;
+        }
+        _ => Box::pin(settlement::run(context, peer, writer, reader, first)).await,
     }
 }

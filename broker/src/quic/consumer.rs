@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout};
 
 use super::ahead::Ahead;
 use super::connection::Peer;
-use super::deliver::{FRAME_BYTES, Gathered, gather};
+use super::deliver::{Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::producer::both;
 use super::{Context, Registered, control, random_u64};
@@ -28,11 +28,11 @@ use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
 
 /// How long a frame may wait for its peer to read once others want its memory.
-const DEPARTURE: Duration = Duration::from_secs(2);
+pub const DEPARTURE: Duration = Duration::from_secs(2);
 
 /// Longest that anything may wait for its peer to read. By then messages that were handed out have been
 /// called back and may have been handed out again, and what tells of that gathers behind it.
-const STALLED_MAX: Duration = Duration::from_secs(60);
+pub const STALLED_MAX: Duration = Duration::from_secs(60);
 
 /// Runs one delivery stream to its end.
 pub async fn run<S: Storage>(
@@ -46,7 +46,9 @@ pub async fn run<S: Storage>(
         return;
     };
     let id = registered.id;
+    peer.windows.add_consumer();
     let result = session(&context, &peer, &mut writer, reader, first, registered).await;
+    peer.windows.remove_consumer();
     context.unregister(id).await;
     writer.conclude(result, "consumer").await;
 }
@@ -106,6 +108,8 @@ async fn session<S: Storage>(
             credit,
             sent: Credit::default(),
             pending: VecDeque::new(),
+            frame_bytes: context.memory.frame_bytes(),
+            next_bytes: 0,
         };
         let writing = sender.run(&mut registered.outputs);
         both(reading, registered.own, writing).await
@@ -169,6 +173,10 @@ struct Sender<'a, S: Storage> {
     sent: Credit,
     /// Handed out, not yet sent. Bounded by the consumer's message credit.
     pending: VecDeque<Handout>,
+    /// Bytes of messages after which a frame is closed.
+    frame_bytes: u64,
+    /// What the next message is known to need beyond that.
+    next_bytes: u64,
 }
 
 impl<S: Storage> Sender<'_, S> {
@@ -191,7 +199,8 @@ impl<S: Storage> Sender<'_, S> {
                 Some(Output::SessionClosed) => return Ok(()),
                 Some(Output::End(error)) => return Err(error.into()),
                 Some(_) => {}
-                None if self.can_send() => self.send_some().await?,
+                // Boxed, because an idle consumer would keep the size of a busy one.
+                None if self.can_send() => Box::pin(self.send_some()).await?,
                 None => {}
             }
         }
@@ -241,17 +250,26 @@ impl<S: Storage> Sender<'_, S> {
 
     /// Reads and sends one frame's worth of what is pending.
     async fn send_some(&mut self) -> Result<(), StreamError> {
-        let room = self.room();
-        let bytes = room.min(FRAME_BYTES as u64);
+        let bytes = self.room().min(self.frame_bytes).max(self.next_bytes);
         let permit = self
             .context
             .memory
             .acquire(bytes, Class::Outbound, &self.peer.share)
             .await;
         let _permit = permit.map_err(WireError::from)?;
-        let Gathered { frame, damaged } =
-            gather(self.context, &mut self.ahead, &mut self.pending, room).await?;
+        let gathered = gather(self.context, &mut self.ahead, &mut self.pending, bytes).await?;
+        let Gathered {
+            frame,
+            damaged,
+            wanted,
+        } = gathered;
+        // A large one costs a second look; the next is probably as large.
+        self.next_bytes = wanted.unwrap_or(match &frame {
+            Some(frame) if frame.messages == 1 => frame.bytes,
+            _ => 0,
+        });
         if let Some(mut frame) = frame {
+            self.peer.windows.sends();
             self.sent.max_bytes += frame.bytes;
             self.context.metrics.sent(frame.messages, frame.bytes);
             self.write_in_time(&mut frame.pieces).await?;
@@ -280,7 +298,7 @@ impl<S: Storage> Sender<'_, S> {
 }
 
 /// What was written; `None` if that takes longer than `most`, or than `every` while others want memory.
-async fn departs<T>(
+pub async fn departs<T>(
     writing: impl Future<Output = T>,
     every: Duration,
     most: Duration,

@@ -8,19 +8,20 @@ use millpond_protocol::control::{
     GoAway, PeekedMessage, Request, RequestFrame, Response, ResponseFrame,
 };
 use millpond_protocol::frame::{FrameError, FrameType};
-use millpond_protocol::limits::CONTROL_BYTES_MAX;
+use millpond_protocol::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX};
 use millpond_protocol::{ErrorCode, Offset, StartAt, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use super::connection::Peer;
+use super::consumer::{DEPARTURE, STALLED_MAX, departs};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::letters;
 use super::producer::both;
 use super::{Context, inbound};
-use crate::bodies::BodyError;
-use crate::memory::Permit;
+use crate::bodies::{BodyError, Run};
+use crate::memory::{Class, Permit};
 use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
 use crate::token;
 
@@ -101,7 +102,7 @@ impl<S: Storage> Session<'_, S> {
             inbound::take(self.context, &mut reader, share, &[FrameType::Request]).await?
         {
             let RequestFrame { id, request } = frame.decode()?;
-            let (request, secret) = match self.resolve(request).await {
+            let (request, secret) = match Box::pin(self.resolve(request)).await {
                 Ok(resolved) => resolved,
                 Err(StreamError::Refused(error)) => (ResolvedRequest::Refused(error), None),
                 Err(error) => return Err(error),
@@ -186,9 +187,8 @@ impl<S: Storage> Session<'_, S> {
                     let Some(mut asked) = open.remove(&number) else {
                         continue;
                     };
-                    let result = self.complete(*answer, asked.secret.take()).await;
-                    let id = asked.id;
-                    self.respond(writer, ResponseFrame { id, result }).await?;
+                    // Boxed, because an idle connection would keep the size of the longest answer.
+                    Box::pin(self.answer(writer, &mut asked, *answer)).await?;
                 }
                 Some(Output::Revoked { token }) if self.peer.token.as_ref() == Some(&token) => {
                     let text = "the token of this connection was revoked";
@@ -199,6 +199,46 @@ impl<S: Storage> Session<'_, S> {
                 None => return Ok(()),
             }
         }
+    }
+
+    async fn answer(
+        &self,
+        writer: &mut FrameWriter,
+        asked: &mut Asked,
+        answer: Answer,
+    ) -> Result<(), StreamError> {
+        let paid = self.pay(&answer).await?;
+        let result = self.complete(answer, asked.secret.take()).await;
+        let id = asked.id;
+        let responding = self.respond(writer, ResponseFrame { id, result });
+        match paid {
+            None => responding.await,
+            Some(_paid) => self.in_time(responding).await,
+        }
+    }
+
+    /// Memory for a page of bodies, and for the largest of them.
+    async fn pay(&self, answer: &Answer) -> Result<Option<Permit>, WireError> {
+        if matches!(answer, Answer::Ready(_)) {
+            return Ok(None);
+        }
+        self.peer.windows.sends();
+        let (bytes, class) = (FRAME_BYTES_MAX as u64, Class::Outbound);
+        let permit = self.context.memory.acquire(bytes, class, &self.peer.share);
+        Ok(Some(permit.await?))
+    }
+
+    /// While others wait for memory, an asker may not keep a page's by not reading it.
+    async fn in_time(
+        &self,
+        responding: impl Future<Output = Result<(), StreamError>>,
+    ) -> Result<(), StreamError> {
+        let is_wanted = || self.context.memory.is_wanted(&self.peer.share);
+        let departed = departs(responding, DEPARTURE, STALLED_MAX, is_wanted).await;
+        departed.unwrap_or_else(|| {
+            let text = "it did not read an answer in time";
+            Err(StreamError::Gone(text.to_owned()))
+        })
     }
 
     async fn go_away(&self, writer: &mut FrameWriter) -> Result<(), StreamError> {
@@ -274,6 +314,23 @@ impl<S: Storage> Session<'_, S> {
         }
     }
 
+    /// One message, whatever its size, copied out of what it was read with.
+    async fn body(
+        &self,
+        topic: millpond_protocol::TopicId,
+        at: Offset,
+    ) -> Result<Vec<Run>, BodyError> {
+        let mut runs = self
+            .context
+            .bodies
+            .read(topic, at, 1, FRAME_BYTES_MAX)
+            .await?;
+        for run in &mut runs {
+            run.messages = Bytes::copy_from_slice(&run.messages);
+        }
+        Ok(runs)
+    }
+
     async fn letters(
         &self,
         letters: Vec<(Offset, millpond_queue::Letter)>,
@@ -283,7 +340,7 @@ impl<S: Storage> Session<'_, S> {
         let (mut views, mut bytes) = (Vec::new(), 0);
         for (offset, letter) in &letters {
             let (topic, at) = letter.body;
-            let body = self.context.bodies.read(topic, at, 1, 1).await.ok();
+            let body = self.body(topic, at).await.ok();
             let story = letters::story(&self.context.bodies, letter).await;
             let run = body.as_ref().and_then(|runs| runs.first());
             let view = letters::view(*offset, letter, story, run);
@@ -315,7 +372,7 @@ impl<S: Storage> Session<'_, S> {
         while at < page.next && messages.len() < page.limit as usize {
             let message = match elsewhere.remove(&at) {
                 Some(elsewhere) => self.peek_elsewhere(at, &elsewhere).await,
-                None => match self.context.bodies.read(page.topic, at, 1, 1).await {
+                None => match self.body(page.topic, at).await {
                     Ok(runs) => runs
                         .first()
                         .map(|run| peeked(at, run.stamp, Bytes::new(), run.messages.clone())),
@@ -347,12 +404,8 @@ impl<S: Storage> Session<'_, S> {
     }
 
     async fn peek_elsewhere(&self, offset: Offset, elsewhere: &Elsewhere) -> Option<PeekedMessage> {
-        let runs = self
-            .context
-            .bodies
-            .read(elsewhere.topic, elsewhere.offset, 1, 1)
-            .await
-            .unwrap_or_default();
+        let at = (elsewhere.topic, elsewhere.offset);
+        let runs = self.body(at.0, at.1).await.unwrap_or_default();
         let extra = match &elsewhere.letter {
             Some(letter) => {
                 let story = letters::story(&self.context.bodies, letter).await;

@@ -1,4 +1,5 @@
-//! From handed-out runs to deliver frames: bodies are sliced, not copied, behind their metas.
+//! From handed-out runs to deliver frames: bodies are sliced, not copied, behind their metas, unless a
+//! slice would keep much more memory alive than it has bytes until the peer acknowledges it.
 
 use std::collections::VecDeque;
 
@@ -15,8 +16,6 @@ use super::{Context, letters};
 use crate::bodies::{BodyError, Run};
 use crate::shard::io::Handout;
 
-/// Bytes of messages after which a deliver frame is closed; one larger message goes alone.
-pub const FRAME_BYTES: usize = 256 << 10;
 /// Messages smaller than this are copied together: a piece of its own costs more than the copy.
 const COPY_BYTES_MAX: usize = 4 << 10;
 
@@ -28,14 +27,15 @@ pub struct DeliverFrame {
     pub bytes: u64,
 }
 
-/// What could be gathered, and the damaged range that ended it.
+/// What could be gathered, the damaged range that ended it, and the bytes that the first message wants if
+/// they are more than it may have.
 pub struct Gathered {
     pub frame: Option<DeliverFrame>,
     pub damaged: Option<(TopicId, Offset, Offset)>,
+    pub wanted: Option<u64>,
 }
 
-/// Takes runs off `pending` until a frame is full, the room is used up, or a body has to be waited
-/// for while others are ready. At least one message is taken, whatever the room.
+/// Takes runs off `pending` until `room` bytes of messages are gathered, and at most as many beyond.
 pub async fn gather<S: Storage>(
     context: &Context<S>,
     ahead: &mut Ahead<S>,
@@ -43,16 +43,17 @@ pub async fn gather<S: Storage>(
     room: u64,
 ) -> Result<Gathered, StreamError> {
     let mut builder = Builder::default();
-    let limit = FRAME_BYTES
-        .min(usize::try_from(room).unwrap_or(usize::MAX))
-        .max(1);
-    let mut damaged = None;
+    let limit = usize::try_from(room).unwrap_or(usize::MAX).max(1);
+    let (mut damaged, mut wanted) = (None, None);
     while builder.bytes < limit && builder.count < DELIVER_MESSAGES_MAX {
         let Some(mut run) = pending.pop_front() else {
             break;
         };
         let most = run.count.min(DELIVER_MESSAGES_MAX - builder.count);
         match read(context, ahead, &run, most, limit - builder.bytes).await {
+            Ok((bodies, _)) if bytes_of(&bodies) > limit => {
+                wanted = Some(bytes_of(&bodies) as u64);
+            }
             Ok((bodies, extra)) => {
                 let taken = builder.push(&run, &bodies, &extra);
                 skip(&mut run, taken);
@@ -71,20 +72,28 @@ pub async fn gather<S: Storage>(
                     .min(u64::from(run.count)) as u32;
                 skip(&mut run, beyond.max(1));
             }
+            Err(BodyError::TooLarge { bytes }) => wanted = Some(bytes),
             Err(BodyError::Gone(_)) => skip(&mut run, 1),
             Err(BodyError::Io(text)) => return Err(StreamError::Gone(text)),
         }
         if run.count > 0 {
             pending.push_front(run);
         }
-        if damaged.is_some() {
+        if damaged.is_some() || wanted.is_some() {
             break;
         }
     }
+    let frame = builder.finish();
     Ok(Gathered {
-        frame: builder.finish(),
+        // What is gathered goes first; then the large one is the first.
+        wanted: wanted.filter(|_| frame.is_none()),
+        frame,
         damaged,
     })
+}
+
+fn bytes_of(bodies: &[Run]) -> usize {
+    bodies.iter().map(|run| run.messages.len()).sum()
 }
 
 fn skip(run: &mut Handout, taken: u32) {
@@ -152,20 +161,21 @@ impl Builder {
                 self.extras.extend_from_slice(extra);
                 (taken, rest) = (taken + 1, behind);
             }
-            self.body(&body.messages);
+            self.body(body);
         }
         self.count += taken;
         taken
     }
 
-    fn body(&mut self, messages: &Bytes) {
-        self.bytes += messages.len();
-        if messages.len() < COPY_BYTES_MAX {
-            self.small.put_slice(messages);
+    fn body(&mut self, run: &Run) {
+        let bytes = run.messages.len();
+        self.bytes += bytes;
+        if bytes < COPY_BYTES_MAX || bytes < run.pinned / 2 {
+            self.small.put_slice(&run.messages);
             return;
         }
         self.close_small();
-        self.bodies.push(messages.clone());
+        self.bodies.push(run.messages.clone());
     }
 
     fn close_small(&mut self) {
@@ -221,6 +231,7 @@ mod tests {
             count: 3,
             stamp: Stamp(99),
             messages: messages.freeze(),
+            pinned: 0,
         };
         let mut builder = Builder::default();
         assert_eq!(builder.push(&run, &[body], &Bytes::new()), 3);

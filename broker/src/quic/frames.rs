@@ -1,13 +1,19 @@
 //! Whole frames in and out of QUIC streams.
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
 use millpond_protocol::{ErrorCode, WireError};
 use quinn::{RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt;
 
-/// Bytes that a stream's buffer grows by when it is empty.
-const READ_BYTES: usize = 64 << 10;
+/// Bytes that are read beyond the frame that is wanted, so that small frames come many at once. A frame
+/// whose memory is waited for has at most this much in the buffer already.
+pub const READ_AHEAD_BYTES: usize = 16 << 10;
+
+/// Pieces up to here are written as they are.
+const WHOLE_BYTES_MAX: usize = 512 << 10;
+/// Larger ones are copied in bits of this size.
+const BIT_BYTES: usize = 64 << 10;
 
 /// Why a stream is over.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +62,7 @@ impl FrameReader {
             if let Some(header) = frame::peek(&self.buffer)? {
                 return Ok(Some(header));
             }
-            if !self.fill(READ_BYTES).await? {
+            if !self.fill(READ_AHEAD_BYTES).await? {
                 return if self.buffer.is_empty() {
                     Ok(None)
                 } else {
@@ -73,7 +79,7 @@ impl FrameReader {
             None => return Ok(&[]),
         };
         while self.buffer.len() < HEADER_BYTES + length {
-            if !self.fill(READ_BYTES).await? {
+            if !self.fill(READ_AHEAD_BYTES).await? {
                 return Err(cut());
             }
         }
@@ -87,7 +93,7 @@ impl FrameReader {
         };
         let mut left = HEADER_BYTES + length;
         while left > 0 {
-            if self.buffer.is_empty() && !self.fill(READ_BYTES).await? {
+            if self.buffer.is_empty() && !self.fill(READ_AHEAD_BYTES).await? {
                 return Err(cut());
             }
             let here = left.min(self.buffer.len());
@@ -130,19 +136,29 @@ impl FrameReader {
                 return Ok(Some(frame));
             }
             let missing = (HEADER_BYTES + length).saturating_sub(self.buffer.len());
-            if !self.fill(missing.max(READ_BYTES)).await? {
+            if !self.fill(missing.max(READ_AHEAD_BYTES)).await? {
                 return Err(cut());
             }
         }
     }
 
-    /// Reads more; false at the end of the stream.
+    /// Reads at most `room` bytes more; false at the end of the stream.
     async fn fill(&mut self, room: usize) -> Result<bool, StreamError> {
-        self.buffer.reserve(room);
-        match self.stream.read_buf(&mut self.buffer).await {
-            Ok(read) => Ok(read > 0),
-            Err(error) => Err(StreamError::Gone(error.to_string())),
+        let gone = |error: String| StreamError::Gone(error);
+        if !self.buffer.is_empty() {
+            self.buffer.reserve(room);
+            let mut room = (&mut self.buffer).limit(room);
+            let read = self.stream.read_buf(&mut room).await;
+            return read.map(|read| read > 0).map_err(|e| gone(e.to_string()));
         }
+        // While nothing comes, an idle stream holds no buffer: thousands of them are idle.
+        self.buffer = BytesMut::new();
+        let chunk = self.stream.read_chunk(room, true).await;
+        let Some(chunk) = chunk.map_err(|e| gone(e.to_string()))? else {
+            return Ok(false);
+        };
+        self.buffer.extend_from_slice(&chunk.bytes);
+        Ok(true)
     }
 }
 
@@ -171,9 +187,16 @@ impl FrameWriter {
         Ok(self.stream.write_chunk(frames).await?)
     }
 
-    /// Writes frames that lie in pieces, without copying them together.
+    /// Writes frames that lie in pieces, without copying them together. A large piece is copied bit by
+    /// bit: it is gone once it is written, and not only when its last byte is acknowledged.
     pub async fn write_pieces(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
-        Ok(self.stream.write_all_chunks(pieces).await?)
+        if pieces.iter().all(|piece| piece.len() <= WHOLE_BYTES_MAX) {
+            return Ok(self.stream.write_all_chunks(pieces).await?);
+        }
+        for bit in pieces.iter().flat_map(|piece| piece.chunks(BIT_BYTES)) {
+            self.stream.write_chunk(Bytes::copy_from_slice(bit)).await?;
+        }
+        Ok(())
     }
 
     /// Encodes and writes a control frame.

@@ -31,6 +31,6 @@ pub async fn take<S: Storage>(
         return Ok(frame.map(|frame| (frame, None)));
     }
     let permit = room(context, length as u64, share).await?;
-    let frame = arrive(context, reader, share).await?;
+    let frame = arrive(context, reader, length as u64, share).await?;
     Ok(frame.map(|frame| (frame, Some(permit))))
 }

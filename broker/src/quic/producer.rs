@@ -38,9 +38,10 @@ const KINDS: [FrameType; 3] = [
 ];
 /// Answers of the shard that are put into one write.
 const COALESCE_MAX: usize = 1_024;
-/// How long a frame may take to arrive once its memory is taken, when others want it. The largest
-/// one comes in time at 8 MiB/s.
-const ARRIVAL: Duration = Duration::from_secs(2);
+/// How long a frame may take to arrive once its memory is taken, when others want it: this, and a second
+/// for so many bytes.
+const ARRIVAL: Duration = Duration::from_millis(500);
+const ARRIVAL_BYTES_PER_SECOND: u64 = 8 << 20;
 
 /// Runs one publish stream to its end.
 pub async fn run<S: Storage>(
@@ -54,7 +55,9 @@ pub async fn run<S: Storage>(
         return;
     };
     let id = registered.id;
+    peer.windows.add_producer();
     let result = session(&context, &peer, &mut writer, reader, first, registered).await;
+    peer.windows.remove_producer();
     context.unregister(id).await;
     writer.conclude(result, "publish").await;
 }
@@ -86,25 +89,30 @@ async fn session<S: Storage>(
 }
 
 /// Runs both directions. What ends reading is told by the writing side, behind what it already has.
-pub(super) async fn both(
+///
+/// Boxed before anything is awaited: a future keeps what it was given by value beside what it made of it,
+/// and thousands of streams are idle.
+pub(super) fn both(
     reading: impl Future<Output = Result<(), StreamError>>,
     own: mpsc::UnboundedSender<Output>,
     writing: impl Future<Output = Result<(), StreamError>>,
-) -> Result<(), StreamError> {
-    tokio::pin!(writing);
-    let read = tokio::select! {
-        read = reading => read,
-        written = &mut writing => return written,
-    };
-    match read {
-        Ok(()) => Ok(()),
-        Err(StreamError::Refused(error)) => {
-            // The writing side is there: it is polled below.
-            let _ = own.send(Output::End(error));
-            drop(own);
-            writing.await
+) -> impl Future<Output = Result<(), StreamError>> {
+    let (reading, mut writing) = (Box::pin(reading), Box::pin(writing));
+    async move {
+        let read = tokio::select! {
+            read = reading => read,
+            written = &mut writing => return written,
+        };
+        match read {
+            Ok(()) => Ok(()),
+            Err(StreamError::Refused(error)) => {
+                // The writing side is there: it is polled below.
+                let _ = own.send(Output::End(error));
+                drop(own);
+                writing.await
+            }
+            Err(error) => Err(error),
         }
-        Err(error) => Err(error),
     }
 }
 
@@ -196,7 +204,8 @@ impl<S: Storage> Session<'_, S> {
                 return reader.skip().await;
             }
         };
-        let Some(frame) = arrive(self.context, reader, &producer.share).await? else {
+        let Some(frame) = arrive(self.context, reader, length as u64, &producer.share).await?
+        else {
             return Ok(());
         };
         let publish = Publish::decode(&frame.body)?;
@@ -429,11 +438,13 @@ pub(super) async fn room<S: Storage>(
 pub(super) async fn arrive<S: Storage>(
     context: &Context<S>,
     reader: &mut FrameReader,
+    bytes: u64,
     share: &Share,
 ) -> Result<Option<Frame>, StreamError> {
+    let in_time = ARRIVAL + Duration::from_millis(bytes * 1_000 / ARRIVAL_BYTES_PER_SECOND);
     loop {
         // What has been read stays in the reader.
-        match timeout(ARRIVAL, reader.next()).await {
+        match timeout(in_time, reader.next()).await {
             Ok(frame) => return frame,
             Err(_) if !context.memory.is_wanted(share) => {}
             Err(_) => {

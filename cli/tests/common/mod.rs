@@ -11,14 +11,22 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use tempfile::TempDir;
 
-const MILLPOND: &str = env!("CARGO_BIN_EXE_millpond");
+/// The binary that is tried: the debug build, or what `MILLPOND_BINARY` names.
+fn binary() -> PathBuf {
+    match std::env::var_os("MILLPOND_BINARY") {
+        Some(path) => path.into(),
+        None => env!("CARGO_BIN_EXE_millpond").into(),
+    }
+}
 
+/// A broker's configuration file, beside its data folder.
+const CONFIG: &str = "millpond.toml";
 /// Longest wait for something that must come.
 pub const WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// The command without anything of the surroundings that could change what it does.
 pub fn millpond() -> Command {
-    let mut command = Command::new(MILLPOND);
+    let mut command = Command::new(binary());
     for name in ["SERVER", "DATA", "CA", "TOKEN"] {
         command.env_remove(format!("MILLPOND_{name}"));
     }
@@ -75,8 +83,14 @@ pub struct Broker {
 impl Broker {
     /// Starts one on a fresh folder and free ports.
     pub fn fresh() -> Self {
+        Self::with("")
+    }
+
+    /// As `fresh`, with this in its configuration file.
+    pub fn with(config: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let data = folder.path().join("data");
+        std::fs::write(data.with_file_name(CONFIG), config).unwrap();
         let (child, ready) = serve(&data, "127.0.0.1:0");
         Self {
             child,
@@ -197,6 +211,10 @@ pub fn serve_command(data: &Path, listen: &str) -> Command {
 
 fn serve(data: &Path, listen: &str) -> (Child, Value) {
     let mut command = serve_command(data, listen);
+    let config = data.with_file_name(CONFIG);
+    if config.exists() {
+        command.arg("--config").arg(config);
+    }
     let mut child = command.stderr(Stdio::inherit()).spawn().unwrap();
     let mut line = String::new();
     let mut out = BufReader::new(child.stdout.take().unwrap());

@@ -14,6 +14,7 @@ mod judge;
 mod life;
 mod mutation;
 mod oracle;
+mod released;
 mod wrongs;
 
 use std::collections::BTreeMap;

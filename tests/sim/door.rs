@@ -382,13 +382,18 @@ impl World {
                 Some(elsewhere) => (elsewhere.topic, elsewhere.offset),
                 None => (run.topic, Offset(offset)),
             };
+            let digest = bodies.digest(&reader, topic, place);
+            // Who reads while the power goes sends nothing more.
+            if self.disk.is_off() {
+                return;
+            }
             self.note(Event::Delivered(Delivery {
                 sub,
                 session: session.map_or(0, |session| session.0),
                 offset,
                 delivery: run.delivery.0,
                 attempt: run.attempt,
-                digest: bodies.digest(&reader, topic, place),
+                digest,
                 at,
             }));
             messages.push(Message {

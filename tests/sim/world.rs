@@ -542,13 +542,24 @@ impl World {
         }
     }
 
-    /// How long it may take until all is done.
+    /// How long it may take until all is done. A topic with a limit that holds a message which waits takes
+    /// no more until that one is done, so every filling of it may last as long as the longest wait.
     fn rest_us(&self) -> u64 {
         let waits = GRACE_US + LONGEST_LEASE_US + LONGEST_WAIT_US + COMING_BACK_US;
         let messages: u64 = self.plan.producers.iter().map(|plan| plan.messages).sum();
         let pace = &self.plan.pace;
         let message_us = (pace.consume_us + pace.network_us) * WAITS_PER_MESSAGE;
-        waits + messages * self.plan.subs.len() as u64 * message_us
+        let fillings: u64 = self
+            .plan
+            .producers
+            .iter()
+            .map(|plan| {
+                let limit = self.plan.topics[plan.topic].config.max_messages;
+                limit.map_or(0, |limit| plan.messages.div_ceil(limit))
+            })
+            .sum();
+        let filling_us = fillings * LONGEST_WAIT_US;
+        waits + filling_us + messages * self.plan.subs.len() as u64 * message_us
     }
 
     /// Looks again only after a round: nothing else moves the queue.

@@ -12,7 +12,7 @@
 //!
 //! ```text
 //! MILLPOND_BINARY=$PWD/target/release/millpond unshare --mount --pid --fork --mount-proc --kill-child \
-//!     cargo test --workspace --test machine -- --ignored --nocapture --test-threads 2
+//!     cargo test --test machine -- --ignored --nocapture --test-threads 2
 //! ```
 //!
 //! In namespaces of their own no mount and no broker outlives them, however they end. Without

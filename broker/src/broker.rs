@@ -325,7 +325,7 @@ fn log_recovery(recovered: &crate::shard::Recovered, took: Duration) {
     tracing::info!(records, bytes, took_ms = took.as_millis() as u64, report = ?recovered.report, "recovered");
     if recovered.damaged {
         tracing::error!(
-            "the log is damaged above its snapshot: nothing can be written; run `millpond log verify`"
+            "the log is damaged above its snapshot: nothing can be written; stop, then run `millpond log verify DIR` on the data folder"
         );
     }
 }

@@ -178,7 +178,10 @@ fn preview(dir: &Path, format: Format) -> Result<(), Failure> {
             for loss in &losses {
                 output::line(format!("{}: {}", loss.file, loss.what))?;
             }
-            output::line("to go on without them: millpond log salvage --accept-loss")?;
+            output::line(format!(
+                "to go on without them: millpond log salvage {} --accept-loss",
+                dir.display()
+            ))?;
         }
     }
     match losses.len() {

@@ -1,7 +1,8 @@
 //! What there is to do now, as proposals: hand-outs, expiries, trims, the next steps of redrives.
 //!
-//! Nothing here changes state. A proposal stands in an overlay until its record is applied, so that
-//! nothing is proposed twice. Costs what it proposes: subscriptions without work are not looked at.
+//! Nothing here changes what a restart would bring back: what changes is volatile (credit, begin marks,
+//! deadlines, timers, what has been proposed). A proposal stands in an overlay until its record is applied,
+//! so that nothing is proposed twice. Costs what it proposes: subscriptions without work are not looked at.
 
 mod credit;
 mod expiry;

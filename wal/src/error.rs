@@ -102,7 +102,8 @@ pub enum LogError {
     },
     #[error(
         "entries {damaged} are damaged, the log takes no writes; restore the folder from a backup, \
-         or accept the loss with `millpond log salvage --accept-loss`"
+         or stop the broker and accept the loss with `millpond log salvage DIR --accept-loss`, DIR \
+         being its data folder"
     )]
     ReadOnly { damaged: IndexRange },
     #[error("the log was not replayed to its end before it was written to")]

@@ -457,7 +457,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
 }
 
 pub(super) fn read_only() -> WireError {
-    let text = "the log is damaged above its snapshot, so nothing can be written; run `millpond log verify`, then `millpond log salvage`";
+    let text = "the log is damaged above its snapshot, so nothing can be written; stop the broker, run `millpond log verify DIR` on its data folder, then `millpond log salvage DIR`";
     WireError::new(ErrorCode::ReadOnly, text)
 }
 

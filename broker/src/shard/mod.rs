@@ -112,7 +112,7 @@ struct Pending {
     stamp: Stamp,
 }
 
-/// Log, queue and the group that is open between them. `K`: what an input holds on to.
+/// Log, queue and the group that is open between them.
 pub struct Shard<S: Storage, C: Clock> {
     log: Log<S>,
     queue: Queue,

@@ -31,7 +31,7 @@ pub enum OpenShardError {
     Replay(#[from] LogError),
     #[error("the snapshot cannot be read: {0}")]
     Snapshot(#[from] SnapshotError),
-    #[error("the snapshot cannot be restored ({0}); `millpond log verify` tells more")]
+    #[error("the snapshot cannot be restored ({0}); `millpond log verify DIR` tells more")]
     Restore(#[from] millpond_queue::RestoreError),
     #[error("the log holds a record that this version cannot read ({0}); use a newer version")]
     Record(#[from] RecordError),

@@ -152,6 +152,6 @@ fn first_line(child: &mut Child) -> String {
 /// The small settings under which everything happens often: segments, snapshots, cleaning.
 pub fn write_config(path: &Path) {
     let text = "[log]\nsegment_bytes = 1048576\nsnapshot_every_bytes = 1048576\nspare_segments = 2\n\
-                [disk]\nreserve_bytes = 4194304\n[memory]\nbudget_bytes = 67108864\n";
+                [disk]\nreserve_bytes = 4194304\n[memory]\nbudget_bytes = 201326592\n";
     std::fs::write(path, text).expect("the configuration");
 }

@@ -292,7 +292,7 @@ impl Reader {
     /// Reads and commits until it is told to stop.
     pub async fn run(self, mut stream: StreamSubscription, mut stop: watch::Receiver<bool>) {
         let mut next = None;
-        let mut committed = 0;
+        let (mut committed, mut binding) = (0, 0);
         let mut committing = FuturesUnordered::new();
         let mut stops = u64::MAX;
         loop {
@@ -308,11 +308,12 @@ impl Reader {
                     let offset = message.offset().0;
                     let present = self.record.counts().stops;
                     if next != Some(offset) || stops != present {
-                        self.jumped(offset, next, committed);
+                        self.jumped(offset, next, binding);
                         self.record.active(self.sub, self.session, offset);
                         stops = present;
                     }
                     next = Some(offset + 1);
+                    binding = committed;
                     self.record.delivered(history::Delivery {
                         sub: self.sub,
                         session: self.session,
@@ -342,12 +343,14 @@ impl Reader {
         stream.close().await;
     }
 
-    /// Reading may go on behind what was read, or back at what was committed, nowhere else.
-    fn jumped(&self, offset: u64, next: Option<u64>, committed: u64) {
+    /// Reading may go on behind what was read, or back at what was committed, nowhere else. What binds is
+    /// a commit that was answered before the last message before: whatever is answered later may have been
+    /// sent again on a new connection, whose stream had been opened before it.
+    fn jumped(&self, offset: u64, next: Option<u64>, binding: u64) {
         let upto = next.unwrap_or(0);
-        if offset > upto || offset < committed {
+        if offset > upto || offset < binding {
             self.record.fault(format!(
-                "I7: the stream goes on at {offset}; it was read up to {upto} and committed up to {committed}"
+                "I7: the stream goes on at {offset}; it was read up to {upto} and committed up to {binding}"
             ));
         }
     }

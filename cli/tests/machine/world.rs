@@ -55,7 +55,7 @@ pub struct World {
     consumers: Vec<JoinHandle<()>>,
     publishing: watch::Sender<bool>,
     consuming: watch::Sender<bool>,
-    passing: Option<Runtime>,
+    passing: Option<Passing>,
     /// The last passing producer, if what it left in doubt is to be sent again.
     left: Option<Publisher>,
     next_key: u64,
@@ -63,6 +63,12 @@ pub struct World {
     looked: [u64; 2],
     ca: Vec<u8>,
     _scratch: TempDir,
+}
+
+/// The client that goes with the process.
+struct Passing {
+    runtime: Runtime,
+    publishing: JoinHandle<()>,
 }
 
 impl World {
@@ -100,16 +106,20 @@ impl World {
 
     /// Starts the broker behind these words; it is under load when this returns.
     pub fn start(&mut self, before: &[String]) -> Result<(), Ended> {
-        let process = self.launch.start(before)?;
+        let mut process = self.launch.start(before)?;
         self.launch.listen = process.listen;
-        self.process = Some(process);
         let place = self.record.started();
         let floors = [READER, HANDS].map(|_| self.record.reserve());
         let passing = runtime(1);
-        let looked = passing.block_on(self.look(place, floors));
-        self.passing = Some(passing);
+        let looked = passing.block_on(async {
+            tokio::select! {
+                looked = self.look(place, floors) => looked.map_err(|error| error.to_string()),
+                () = gone(&mut process) => Err("it has ended".to_owned()),
+            }
+        });
+        self.process = Some(process);
         match looked {
-            Ok(client) => self.pass(client),
+            Ok(client) => self.pass(passing, client),
             Err(error) => {
                 // It may be about to end.
                 self.wait_for_end(END_WAIT);
@@ -302,8 +312,7 @@ impl World {
         let client = passing
             .block_on(self.connect("passing"))
             .expect("a connection");
-        self.passing = Some(passing);
-        self.pass(client);
+        self.pass(passing, client);
     }
 
     fn publish(&mut self, client: &Client, topic: TopicNo) {
@@ -352,14 +361,13 @@ impl World {
     }
 
     /// A producer that goes with the process: the last one again, or another.
-    fn pass(&mut self, client: Client) {
+    fn pass(&mut self, runtime: Runtime, client: Client) {
         let topic = self.rng.below(2) as usize;
         let again = self.left.take().filter(|_| self.rng.below(2) == 0);
         let publisher = again.unwrap_or_else(|| self.publisher(topic, Lasting::No));
         self.left = Some(publisher.clone());
         let (record, stop) = (self.record.clone(), self.publishing.subscribe());
-        let passing = self.passing.as_ref().expect("a passing client's runtime");
-        passing.spawn(async move {
+        let publishing = runtime.spawn(async move {
             let reach = record.reach(publisher.key);
             let topic = TOPICS[publisher.topic];
             let builder = client.producer(topic).id(publisher.id());
@@ -369,12 +377,16 @@ impl World {
             };
             publisher.run(producer, reach.accepted, record, stop).await;
         });
+        self.passing = Some(Passing {
+            runtime,
+            publishing,
+        });
     }
 
     fn stopped(&mut self) {
         self.process = None;
         if let Some(passing) = self.passing.take() {
-            passing.shutdown_background();
+            passing.runtime.shutdown_background();
         }
         self.record.stopped();
     }
@@ -407,6 +419,19 @@ impl World {
         self.publishing.send_replace(true);
         let publishers = std::mem::take(&mut self.publishers);
         self.wait_for(publishers, "producers");
+        if let Some(passing) = &mut self.passing {
+            // What a full disk held up may still be on its way.
+            let publishing = &mut passing.publishing;
+            let ended = self
+                .lasting
+                .block_on(async { tokio::time::timeout(WAIT_MAX, publishing).await });
+            match ended {
+                Ok(ended) => ended.expect("a client's task"),
+                Err(_) => self
+                    .record
+                    .fault("I11: the passing producer does not come to an end".to_owned()),
+            }
+        }
         let end = self.lasting.block_on(async {
             let client = self.connect("looks").await.expect("a connection");
             let mut end = End::default();
@@ -450,6 +475,13 @@ impl World {
     async fn connect(&self, name: &str) -> Result<Client, Error> {
         let url = format!("millpond://{}", self.launch.listen);
         connect(&url, self.ca.clone(), name).await
+    }
+}
+
+/// Returns once it has ended by itself.
+async fn gone(process: &mut Process) {
+    while !process.is_gone() {
+        sleep(Duration::from_millis(1)).await;
     }
 }
 

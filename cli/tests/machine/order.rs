@@ -16,6 +16,10 @@ use crate::disk::LoopDisk;
 use crate::strace::{Call, Strace, durable_at};
 use crate::world::{World, runtime};
 
+/// Folders in which the loader looks for libraries first.
+const SEARCHED: usize = 200;
+/// More files than any thread opens in a test.
+const OPENED_MAX: usize = 1_000;
 /// Messages that are published one by one.
 const MESSAGES: u32 = 24;
 
@@ -111,8 +115,11 @@ fn prepared(data: std::path::PathBuf, scratch: &Path) -> Launch {
 
 /// How a broker is traced that finds no direct path to its disk, so that it writes and then syncs: its
 /// probe, the second opening of the lock file, fails.
+///
+/// Every thread counts its calls for itself, so that the call of the probe's number fails in all of them:
+/// the main thread comes to the probe by so many openings that no other makes as many.
 pub fn fallback(launch: &Launch, scratch: &Path) -> Strace {
-    let looked = Strace::new(scratch.join("looked"));
+    let looked = Strace::new(scratch.join("looked")).search_libraries(SEARCHED);
     let process = launch.start(&looked.words());
     let process = process.unwrap_or_else(|ended| panic!("{ended:?}"));
     process.terminate();
@@ -126,7 +133,13 @@ pub fn fallback(launch: &Launch, scratch: &Path) -> Strace {
         .iter()
         .position(|call| call.arguments.contains("/LOCK") && call.arguments.contains("O_DIRECT"));
     let probe = probe.expect("the probe of the direct path") + 1;
-    Strace::new(scratch.join("fallback")).inject(format!("openat:error=EINVAL:when={probe}"))
+    assert!(
+        probe > OPENED_MAX,
+        "the loader opens something in each folder"
+    );
+    Strace::new(scratch.join("fallback"))
+        .search_libraries(SEARCHED)
+        .inject(format!("openat:error=EINVAL:when={probe}"))
 }
 
 fn publish(launch: &Launch, strace: &Strace) -> Vec<Acknowledged> {

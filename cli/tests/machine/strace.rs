@@ -17,6 +17,8 @@ pub struct Strace {
     pub output: PathBuf,
     /// strace's own words for what goes wrong, such as `fdatasync:error=EIO:when=3`.
     pub injected: Vec<String>,
+    /// Folders in which the loader looks for the broker's libraries in vain, opening something in each.
+    searched: usize,
 }
 
 impl Strace {
@@ -24,7 +26,13 @@ impl Strace {
         Self {
             output,
             injected: Vec::new(),
+            searched: 0,
         }
+    }
+
+    pub fn search_libraries(mut self, folders: usize) -> Self {
+        self.searched = folders;
+        self
     }
 
     pub fn inject(mut self, what: impl Into<String>) -> Self {
@@ -35,17 +43,9 @@ impl Strace {
     /// What stands before the broker's own command line. The broker is the child that was started, and
     /// strace a process beside it.
     pub fn words(&self) -> Vec<String> {
-        let mut words: Vec<String> = [
-            "strace",
-            "-D",
-            "-f",
-            "-qq",
-            "-ttt",
-            "-T",
-            "-yy",
-        ]
-        .map(str::to_owned)
-        .to_vec();
+        let mut words: Vec<String> = ["strace", "-D", "-f", "-qq", "-ttt", "-T", "-yy"]
+            .map(str::to_owned)
+            .to_vec();
         // Faster, but it lets no signal be injected (strace 6.1).
         if !self.injected.iter().any(|what| what.contains("signal=")) {
             words.push("--seccomp-bpf".to_owned());
@@ -53,6 +53,11 @@ impl Strace {
         words.extend(["-s".to_owned(), SHOWN_BYTES.to_owned()]);
         words.extend(["-o".to_owned(), self.output.display().to_string()]);
         words.extend(["-e".to_owned(), format!("trace={TRACED}")]);
+        if self.searched > 0 {
+            let folders: Vec<String> = (0..self.searched).map(|no| format!("/none/{no}")).collect();
+            let path = format!("LD_LIBRARY_PATH={}", folders.join(":"));
+            words.extend(["-E".to_owned(), path]);
+        }
         for what in &self.injected {
             words.extend(["-e".to_owned(), format!("inject={what}")]);
         }

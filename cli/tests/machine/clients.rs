@@ -254,6 +254,7 @@ impl Consumer {
         }
         let how = what(digest, attempt, number);
         let item = settling(delivery.offset().0, number, how);
+        let breaks = self.record.counts().breaks;
         let id = self.record.settling(self.sub, self.session, item);
         let said = match how {
             How::Ack | How::Extend => delivery.ack().await,
@@ -271,6 +272,9 @@ impl Consumer {
         };
         match said {
             Ok(()) => self.record.settled(id, false),
+            // On a new connection it is sent again: then the first time may have counted, and another
+            // lease have followed.
+            Err(Error::LeaseLost { state: Some(_) }) if self.record.counts().breaks != breaks => {}
             Err(Error::LeaseLost { state: Some(_) }) => self.record.settled(id, true),
             // Its session was lost, and whether it counted is not known.
             Err(Error::LeaseLost { state: None } | Error::Ambiguous) => {}

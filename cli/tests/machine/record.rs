@@ -51,6 +51,8 @@ pub struct Counts {
     pub delivered: u64,
     pub refused: u64,
     pub stops: u64,
+    /// How often connections may have broken: at each stop, and before and after each standstill.
+    pub breaks: u64,
 }
 
 /// How far a producer has come.
@@ -193,7 +195,13 @@ impl Record {
     pub fn stopped(&self) {
         let mut inner = self.lock();
         inner.counts.stops += 1;
+        inner.counts.breaks += 1;
         inner.push(Event::Stopped);
+    }
+
+    /// Connections may break, or have broken, without a stop.
+    pub fn breaks(&self) {
+        self.lock().counts.breaks += 1;
     }
 
     /// A process serves; the place for what will be found in it. Producers that last send everything

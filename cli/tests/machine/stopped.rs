@@ -5,7 +5,6 @@ use std::time::Duration;
 use millpond_client::{
     Client, Delivery, Error, Message, StartAt, Subscription, SubscriptionConfig, TopicConfig,
 };
-use rustix::process::Signal;
 use tokio::time::timeout;
 
 use crate::world::World;
@@ -25,9 +24,7 @@ fn stopped_for_seconds_it_goes_on_and_nothing_is_lost_or_doubled() {
     for seconds in STANDSTILLS_S {
         world.load_for_a_while();
         let (client, subscription, held) = world.ask(async |client| lease_one(client).await);
-        world.signal(Signal::STOP);
-        std::thread::sleep(Duration::from_secs(seconds));
-        world.signal(Signal::CONT);
+        world.stand_still(Duration::from_secs(seconds));
         standstills += 1;
         world.load(Duration::from_millis(200));
         world.ask(async |_| settle_or_again(client, subscription, held).await);

@@ -250,9 +250,14 @@ impl World {
         (output.status.code(), said)
     }
 
-    pub fn signal(&self, signal: Signal) {
-        let process = self.process.as_ref();
-        process.expect("a broker that runs").signal(signal);
+    /// Stops it, as one whose machine is suspended, for so long.
+    pub fn stand_still(&self, time: Duration) {
+        let process = self.process.as_ref().expect("a broker that runs");
+        self.record.breaks();
+        process.signal(Signal::STOP);
+        std::thread::sleep(time);
+        self.record.breaks();
+        process.signal(Signal::CONT);
     }
 
     /// Lets everything come to rest, ends the broker well, and says all that is wrong.

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt};
 use millpond_client::{
     Client, DeadReason, Error, ErrorCode, Message, MessageError, Offset, OnLimit, Producer,
-    SendReceipt, Sequence, TopicPatch,
+    SendReceipt, Sequence, TopicConfig, TopicPatch,
 };
 use millpond_protocol::limits::{PAYLOAD_BYTES_MAX, STREAM_PRODUCERS_MAX};
 
@@ -374,5 +374,36 @@ async fn publish_six(client: &Client) {
     let producer = producer(client).await;
     for n in 0..6 {
         producer.send(Message::new(n.to_string())).await.unwrap();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_topics_are_made_and_published_to_over_one_connection() {
+    let (_broker, client) = broker().await;
+    let producers: Vec<_> = stream::iter(0..1_000)
+        .map(|nth| {
+            let client = &client;
+            async move {
+                let topic = format!("topic-{nth}");
+                let created = client.create_topic(&topic, TopicConfig::default()).await;
+                created.unwrap();
+                client.producer(&topic).open().await.unwrap()
+            }
+        })
+        .buffered(64)
+        .collect()
+        .await;
+    let mut receipts = Vec::new();
+    for nth in 0..8_000 {
+        let message = Message::new(vec![7; 1_024]);
+        receipts.push(
+            producers[nth % producers.len()]
+                .enqueue(message)
+                .await
+                .unwrap(),
+        );
+    }
+    for receipt in receipts {
+        receipt.await.unwrap();
     }
 }

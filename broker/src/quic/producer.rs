@@ -288,16 +288,18 @@ impl<S: Storage> Session<'_, S> {
             }
             let mut next = first;
             let mut end = None;
-            for _ in 0..COALESCE_MAX {
+            for nth in 1..=COALESCE_MAX {
                 match next {
                     Some(Output::End(error)) => end = Some(error),
                     Some(output) => self.take(output, &mut round).await?,
                     None => break,
                 }
-                if end.is_some() {
-                    break;
-                }
-                next = outputs.try_recv().ok();
+                // What is received is taken: at the bound there is no next one.
+                next = if end.is_none() && nth < COALESCE_MAX {
+                    outputs.try_recv().ok()
+                } else {
+                    None
+                };
             }
             round.put_acks(&mut self.members.lock());
             if !round.frames.is_empty() {

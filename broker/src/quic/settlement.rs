@@ -163,7 +163,7 @@ async fn write(
         let mut next = Some(first);
         let mut end = None;
         let before = settled.upto;
-        for _ in 0..COALESCE_MAX {
+        for nth in 1..=COALESCE_MAX {
             match next {
                 Some(Output::Settled { count, refused }) => {
                     unanswered.answer();
@@ -182,7 +182,8 @@ async fn write(
                 None => break,
             }
             let crowded = settled.refused.len() as u64 >= SETTLE_OFFSETS_MAX;
-            next = if end.is_none() && !crowded {
+            // What is received is taken: at the bound there is no next one.
+            next = if end.is_none() && !crowded && nth < COALESCE_MAX {
                 outputs.try_recv().ok()
             } else {
                 None

@@ -4,7 +4,8 @@
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
 
 use rustix::ioctl::{Setter, ioctl, opcode};
 use tempfile::TempDir;
@@ -13,6 +14,9 @@ use tempfile::TempDir;
 const SHUTDOWN: u32 = opcode::read::<u32>(b'X', 125);
 /// `EXT4_GOING_FLAGS_NOLOGFLUSH`: neither data nor journal is written any more.
 const NO_LOG_FLUSH: u32 = 2;
+
+/// Longest that a child of another test, between its fork and its exec, may have the folder open.
+const BUSY_MAX: Duration = Duration::from_secs(5);
 
 /// Memory that outlives a cut, as a disk's platters do, where there is some: it syncs faster.
 fn folder() -> TempDir {
@@ -85,7 +89,13 @@ impl LoopDisk {
     }
 
     fn unmount(&mut self) {
-        run(Command::new("umount").arg(self.path()));
+        let mut unmount = Command::new("umount");
+        unmount.arg(self.path());
+        let deadline = Instant::now() + BUSY_MAX;
+        while is_busy(&mut unmount) {
+            assert!(Instant::now() < deadline, "something stays in the folder");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         self.is_mounted = false;
     }
 }
@@ -175,8 +185,22 @@ pub fn needs_root() {
 }
 
 fn run(command: &mut Command) {
-    let output = command
-        .output()
-        .unwrap_or_else(|e| panic!("{command:?}: {e}"));
+    let output = output(command);
     assert!(output.status.success(), "{command:?}: {output:?}");
+}
+
+/// Whether this could not be done because something is still in use; done otherwise.
+fn is_busy(command: &mut Command) -> bool {
+    let output = output(command);
+    let is_busy = String::from_utf8_lossy(&output.stderr).contains("target is busy");
+    assert!(
+        output.status.success() || is_busy,
+        "{command:?}: {output:?}"
+    );
+    is_busy
+}
+
+fn output(command: &mut Command) -> Output {
+    let output = command.output();
+    output.unwrap_or_else(|e| panic!("{command:?}: {e}"))
 }

@@ -36,6 +36,9 @@ struct Inner {
     out: BTreeMap<(SubNo, u64, u64), u32>,
     reach: BTreeMap<u64, Reach>,
     next_id: u64,
+    /// A stop that is not written down yet: what clients still hand out until the next start comes from
+    /// the process before.
+    is_stopped: bool,
     counts: Counts,
     /// What a client was told that it should never be told.
     faults: Vec<String>,
@@ -196,7 +199,7 @@ impl Record {
         let mut inner = self.lock();
         inner.counts.stops += 1;
         inner.counts.breaks += 1;
-        inner.push(Event::Stopped);
+        inner.is_stopped = true;
     }
 
     /// Connections may break, or have broken, without a stop.
@@ -208,6 +211,9 @@ impl Record {
     /// again by themselves.
     pub fn started(&self) -> usize {
         let mut inner = self.lock();
+        if std::mem::take(&mut inner.is_stopped) {
+            inner.push(Event::Stopped);
+        }
         let mut lost: BTreeMap<_, Vec<_>> = BTreeMap::new();
         for ((sub, session, offset), delivery) in &inner.out {
             let leases = lost.entry((*sub, *session)).or_default();
@@ -258,6 +264,7 @@ impl Record {
     pub fn judged(&self, end: Option<End>) -> Vec<String> {
         let inner = self.lock();
         let mut events: Vec<Event> = inner.events.iter().flatten().cloned().collect();
+        events.extend(inner.is_stopped.then_some(Event::Stopped));
         events.extend(end.map(Event::End));
         let history = History {
             topics: inner.topics.clone(),

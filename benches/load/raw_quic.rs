@@ -39,7 +39,12 @@ pub fn server(mtu: u16) -> Result<(Endpoint, String)> {
         max_mtu: mtu,
         ..QuicConfig::default()
     };
-    config.transport_config(Arc::new(transport::server_transport(&quic)));
+    let mut transport = transport::server_transport(&quic);
+    // The broker lends windows from its memory as streams need them; here there is all that they may get.
+    transport
+        .receive_window(VarInt::from_u32(limits::CONNECTION_WINDOW_BYTES))
+        .send_window(u64::from(quic.send_window_bytes));
+    config.transport_config(Arc::new(transport));
     Ok((endpoint(mtu, Some(config))?, cert.pem()))
 }
 

@@ -13,7 +13,7 @@ const NOTICED_EVERY: u64 = 10;
 const DISK_MIB: u64 = 512;
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn after_500_power_cuts_nothing_acknowledged_is_lost_or_doubled() {
     let mut cuts = 0;
     repeat(WORLDS, |seed| {

@@ -65,7 +65,7 @@ struct Figures {
 }
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn failed_by_any_system_call_nothing_acknowledged_is_lost_or_doubled() {
     let mut figures = Figures::default();
     repeat(1, |seed| {

@@ -20,7 +20,7 @@ const PILE: usize = 600;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn on_a_full_disk_only_publishing_stops_and_all_goes_on_once_there_is_space() {
     let disk = SmallDisk::new(DISK_MIB);
     let mut world = World::new(disk.path().join("data"), 1);
@@ -59,7 +59,7 @@ fn on_a_full_disk_only_publishing_stops_and_all_goes_on_once_there_is_space() {
 }
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn a_broker_that_cannot_write_says_so_in_one_sentence_and_loses_nothing() {
     let disk = SmallDisk::new(DISK_MIB);
     let mut world = World::new(disk.path().join("data"), 1);

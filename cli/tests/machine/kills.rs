@@ -8,7 +8,7 @@ const KILLS: u64 = 50;
 const WORLDS: u64 = 4;
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn killed_200_times_nothing_acknowledged_is_lost_or_doubled() {
     let mut kills = 0;
     repeat(WORLDS, |seed| {

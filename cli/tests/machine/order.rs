@@ -30,7 +30,7 @@ struct Acknowledged {
 }
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn every_acknowledgement_follows_the_sync_of_its_write() {
     let disk = LoopDisk::new(128);
     let scratch = tempfile::tempdir().expect("a folder");
@@ -62,7 +62,7 @@ fn every_acknowledgement_follows_the_sync_of_its_write() {
 
 /// The same planted bug, met by a power cut: what was acknowledged is lost, and the oracle says so.
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn a_power_cut_shows_a_missing_sync() {
     let mut disk = LoopDisk::new(256);
     let scratch = tempfile::tempdir().expect("a folder");

@@ -16,7 +16,7 @@ const LEASE_MS: u64 = 2_000;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 #[test]
-#[ignore = "needs a machine of its own; .ci/run runs it"]
+#[ignore = "needs a machine of its own; .ci/machine runs it"]
 fn stopped_for_seconds_it_goes_on_and_nothing_is_lost_or_doubled() {
     let folder = tempfile::tempdir().expect("a folder");
     let mut world = World::new(folder.path().join("data"), 1);

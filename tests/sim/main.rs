@@ -100,6 +100,13 @@ fn the_same_seed_gives_the_same_trace() {
     }
 }
 
+/// Seed 1142319: a seek was taken in while a full disk held the group back, and applied rounds later.
+#[test]
+fn a_seek_that_waits_for_the_disk_may_move_the_floor_back_later() {
+    let (_, result) = trace(1_142_319, Cut::default());
+    assert!(result.is_ok(), "{result:?}");
+}
+
 /// Runs the seed of `MILLPOND_SIM_SEED`, or the first, and shows it.
 #[test]
 fn replay() {

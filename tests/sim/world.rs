@@ -474,10 +474,13 @@ impl World {
         shard.commit_if_due(&mut self.out)?;
         shard.wake();
         self.is_powered()?;
+        let is_committed = !self.out.commits.is_empty();
         self.flush(shard);
-        // Applied by now; some answers were from before.
-        for admin in std::mem::take(&mut self.upsets) {
-            self.note(Event::Admin(admin));
+        if is_committed {
+            // Applied by now; some answers were from before. A full disk holds the group back.
+            for admin in std::mem::take(&mut self.upsets) {
+                self.note(Event::Admin(admin));
+            }
         }
         self.show_beginnings(shard);
         shard.dispatch(&mut self.out);

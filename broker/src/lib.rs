@@ -14,6 +14,7 @@ pub mod identity;
 pub mod memory;
 pub mod metrics;
 mod quic;
+mod router;
 pub mod shard;
 mod shard_thread;
 mod small_file;

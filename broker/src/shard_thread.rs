@@ -5,7 +5,6 @@
 //! the queue hand out, answer again. Writing inline, without a log thread, saves two thread hops a
 //! commit; what comes in during a sync gathers in the inbox and makes the next group.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,10 +12,11 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounde
 use millpond_wal::storage::Storage;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::bodies::{Cache, Share};
+use crate::bodies::Cache;
 use crate::clock::{ANCHOR_BYTES, Clock};
 use crate::memory::Permit;
 use crate::metrics::BrokerMetrics;
+use crate::router::Router;
 use crate::shard::io::{Input, Output, StreamId};
 use crate::shard::{Done, Fatal, Job, Outbox, Shard};
 
@@ -147,10 +147,7 @@ impl<S: Storage> ShardThread<S> {
         let mut rounds = Rounds {
             shard,
             messages,
-            jobs,
-            cache,
-            metrics,
-            router: Router::default(),
+            router: Router::new(cache, metrics, jobs),
             out: Outbox::default(),
         };
         let shard = std::thread::Builder::new().name("millpond-shard".to_owned()).spawn(move || {
@@ -191,10 +188,7 @@ impl<S: Storage> ShardThread<S> {
 struct Rounds<S: Storage, C: Clock> {
     shard: Shard<S, C>,
     messages: Receiver<Message<S>>,
-    jobs: Sender<Job<S>>,
-    cache: Arc<Cache>,
-    metrics: Arc<BrokerMetrics>,
-    router: Router,
+    router: Router<S>,
     out: Outbox<S>,
 }
 
@@ -215,10 +209,10 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
             }
             self.shard.commit_if_due(&mut self.out)?;
             self.shard.wake();
-            self.flush();
+            self.router.flush(&mut self.out);
             self.shard.dispatch(&mut self.out);
             self.shard.upkeep(&mut self.out)?;
-            self.flush();
+            self.router.flush(&mut self.out);
             self.shard.vouch_if_due()?;
         }
     }
@@ -264,76 +258,13 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
         Ok(None)
     }
 
-    /// Lets everything out that the round has produced.
-    fn flush(&mut self) {
-        let mut group_bytes = 0;
-        for commit in self.out.commits.drain(..) {
-            self.metrics.observe_commit(
-                commit.records,
-                commit.bytes,
-                Duration::from_micros(commit.sync_us),
-            );
-            group_bytes = commit.bytes;
-        }
-        if !self.out.fresh.is_empty() {
-            self.cache
-                .fill(self.out.fresh.drain(..), Share::of_group(group_bytes));
-        }
-        for (stream, output) in self.out.replies.drain(..) {
-            self.router.send(stream, output);
-        }
-        for name in self.out.revoked.drain(..) {
-            self.router.revoke(&name);
-        }
-        for job in self.out.jobs.drain(..) {
-            if self.jobs.try_send(job).is_err() {
-                tracing::error!("the upkeep thread has ended; space is no longer reclaimed");
-            }
-        }
-    }
-
     fn close(mut self, reply: Option<StopReply>) {
         let committed = self.shard.commit(&mut self.out);
-        self.flush();
+        self.router.flush(&mut self.out);
         let result = committed.and_then(|()| self.shard.close(&mut Outbox::default()));
         if let Some(reply) = reply {
             // Whoever asked may have gone; the log is closed either way.
             let _ = reply.send(result);
-        }
-    }
-}
-
-/// Finds the stream that an answer is for.
-///
-/// The channels are unbounded because what is in them is bounded elsewhere: acknowledgements by a
-/// producer's credit, deliveries by a consumer's, settlements and responses by `UNANSWERED_MAX`.
-#[derive(Default)]
-struct Router {
-    streams: HashMap<StreamId, mpsc::UnboundedSender<Output>>,
-}
-
-impl Router {
-    fn add(&mut self, stream: StreamId, sender: mpsc::UnboundedSender<Output>) {
-        self.streams.insert(stream, sender);
-    }
-
-    fn remove(&mut self, stream: StreamId) {
-        self.streams.remove(&stream);
-    }
-
-    fn send(&self, stream: StreamId, output: Output) {
-        if let Some(sender) = self.streams.get(&stream) {
-            // A stream that has gone will be unregistered by its session.
-            let _ = sender.send(output);
-        }
-    }
-
-    /// Every control stream decides for itself whether the revoked token is its own.
-    fn revoke(&self, name: &str) {
-        for sender in self.streams.values() {
-            let _ = sender.send(Output::Revoked {
-                token: name.to_owned(),
-            });
         }
     }
 }

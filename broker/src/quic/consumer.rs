@@ -19,10 +19,10 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
 use super::ahead::Ahead;
+use super::both::both;
 use super::connection::Peer;
 use super::deliver::{Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
-use super::producer::both;
 use super::{Context, Registered, control, random_u64};
 use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output, StreamId};

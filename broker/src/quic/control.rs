@@ -14,11 +14,11 @@ use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
+use super::both::both;
 use super::connection::Peer;
 use super::consumer::{DEPARTURE, STALLED_MAX, departs};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::letters;
-use super::producer::both;
 use super::{Context, inbound};
 use crate::bodies::{BodyError, Run};
 use crate::memory::{Class, Permit};

@@ -6,6 +6,7 @@
 //! others go on.
 
 mod ahead;
+mod both;
 pub mod connection;
 mod consumer;
 mod control;

@@ -1,4 +1,4 @@
-//! A publish stream: publishes of several producers in, acknowledgements and credit out.
+//! A publish stream: publishes of several producers in; what goes out is in `acknowledge.rs`.
 //!
 //! A publish is verified here, message by message, before the shard sees it. Memory for a frame is
 //! taken from the budget before it is read; while there is none the stream is not read, and QUIC's
@@ -9,25 +9,26 @@
 //! wrong ends that one (`ProducerEnded`). Only bytes that are no frame, a handle that was never given
 //! out, and a frame that does not arrive end the stream, because what follows cannot be told apart.
 
-use std::sync::Arc;
-use std::time::Duration;
+mod acknowledge;
 
-use bytes::{Bytes, BytesMut};
-use millpond_protocol::control::{CloseProducer, OpenProducer, ProducerEnded, PublishRefused};
-use millpond_protocol::frame::{Frame, FrameError, FrameType, encode};
+use std::sync::Arc;
+
+use millpond_protocol::control::{CloseProducer, OpenProducer};
+use millpond_protocol::frame::{Frame, FrameType};
 use millpond_protocol::hot::{PUBLISH_FIXED, Publish};
 use millpond_protocol::message::{MessageError, MessageView};
 use millpond_protocol::{ErrorCode, ProducerHandle, WireError};
 use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
-use tokio::time::timeout;
 
+use super::both::both;
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
-use super::members::{Done, Members, Producer, Welcome};
-use super::{Context, Pressure, Registered, inbound, random_u64};
-use crate::memory::{Class, Permit, Share};
+use super::inbound::{arrive, room};
+use super::members::{Done, Members, Producer};
+use super::{Context, Registered, inbound, random_u64};
+use crate::memory::Permit;
 use crate::shard::io::{Input, Output, StreamId};
 
 /// What a client may send here.
@@ -36,12 +37,6 @@ const KINDS: [FrameType; 3] = [
     FrameType::OpenProducer,
     FrameType::CloseProducer,
 ];
-/// Answers of the shard that are put into one write.
-const COALESCE_MAX: usize = 1_024;
-/// How long a frame may take to arrive once its memory is taken, when others want it: this, and a second
-/// for so many bytes.
-const ARRIVAL: Duration = Duration::from_millis(500);
-const ARRIVAL_BYTES_PER_SECOND: u64 = 8 << 20;
 
 /// Runs one publish stream to its end.
 pub async fn run<S: Storage>(
@@ -86,34 +81,6 @@ async fn session<S: Storage>(
     let reading = session.read(reader, first);
     let writing = session.write(writer, &mut outputs);
     both(reading, own, writing).await
-}
-
-/// Runs both directions. What ends reading is told by the writing side, behind what it already has.
-///
-/// Boxed before anything is awaited: a future keeps what it was given by value beside what it made of it,
-/// and thousands of streams are idle.
-pub(super) fn both(
-    reading: impl Future<Output = Result<(), StreamError>>,
-    own: mpsc::UnboundedSender<Output>,
-    writing: impl Future<Output = Result<(), StreamError>>,
-) -> impl Future<Output = Result<(), StreamError>> {
-    let (reading, mut writing) = (Box::pin(reading), Box::pin(writing));
-    async move {
-        let read = tokio::select! {
-            read = reading => read,
-            written = &mut writing => return written,
-        };
-        match read {
-            Ok(()) => Ok(()),
-            Err(StreamError::Refused(error)) => {
-                // The writing side is there: it is polled below.
-                let _ = own.send(Output::End(error));
-                drop(own);
-                writing.await
-            }
-            Err(error) => Err(error),
-        }
-    }
 }
 
 /// What reading and writing share.
@@ -268,193 +235,6 @@ impl<S: Storage> Session<'_, S> {
         }
         Ok(())
     }
-
-    async fn write(
-        &self,
-        writer: &mut FrameWriter,
-        outputs: &mut mpsc::UnboundedReceiver<Output>,
-    ) -> Result<(), StreamError> {
-        let mut pressure = self.context.pressure.clone();
-        let mut round = Round::default();
-        loop {
-            let first = tokio::select! {
-                output = outputs.recv() => output,
-                // Credit that grows again must be told although nothing is answered.
-                Ok(()) = pressure.changed() => None,
-            };
-            round.pressure = *self.context.pressure.borrow();
-            if first.is_none() {
-                round.touched.extend(self.members.lock().handles());
-            }
-            let mut next = first;
-            let mut end = None;
-            for nth in 1..=COALESCE_MAX {
-                match next {
-                    Some(Output::End(error)) => end = Some(error),
-                    Some(output) => self.take(output, &mut round).await?,
-                    None => break,
-                }
-                // What is received is taken: at the bound there is no next one.
-                next = if end.is_none() && nth < COALESCE_MAX {
-                    outputs.try_recv().ok()
-                } else {
-                    None
-                };
-            }
-            round.put_acks(&mut self.members.lock());
-            if !round.frames.is_empty() {
-                writer.write(round.frames.split().freeze()).await?;
-            }
-            if let Some(error) = end {
-                return Err(error.into());
-            }
-        }
-    }
-
-    async fn take(&self, output: Output, round: &mut Round) -> Result<(), StreamError> {
-        match output {
-            Output::Published {
-                handle,
-                rows,
-                messages,
-                bytes,
-            } => {
-                let mut members = self.members.lock();
-                if members.answered(handle, messages, bytes, rows) {
-                    round.touched.push(handle);
-                }
-            }
-            Output::PublishRefused {
-                handle,
-                previous,
-                count,
-                bytes,
-                last_accepted,
-                error,
-            } => {
-                self.context.metrics.refused(error.code);
-                let refused = PublishRefused {
-                    handle,
-                    previous,
-                    count,
-                    last_accepted,
-                    error,
-                };
-                let mut members = self.members.lock();
-                if members.answered(handle, u64::from(count), bytes, Vec::new()) {
-                    // What was accepted before it is told before it.
-                    members.put_ack(handle, round.pressure, &mut round.frames);
-                    round.put(FrameType::PublishRefused, &refused)?;
-                }
-            }
-            Output::ProducerOpened {
-                handle,
-                topic,
-                producer,
-                epoch,
-                last_sequence,
-                ..
-            } => {
-                let of = Producer {
-                    topic,
-                    producer,
-                    epoch,
-                    share: self.context.memory.topic(&self.peer.share, topic),
-                };
-                let welcome = self
-                    .members
-                    .lock()
-                    .opened(handle, of, last_sequence, round.pressure);
-                match welcome {
-                    Some(Welcome::Open(opened)) => {
-                        round.put(FrameType::ProducerOpened, &opened)?;
-                    }
-                    Some(Welcome::Left(done, error)) => {
-                        self.let_go(done).await?;
-                        let ended = ProducerEnded { handle, error };
-                        round.put(FrameType::ProducerEnded, &ended)?;
-                    }
-                    None => {}
-                }
-                self.opened.notify_one();
-            }
-            Output::ProducerEnded { handle, error } => {
-                let mut members = self.members.lock();
-                members.put_ack(handle, round.pressure, &mut round.frames);
-                members.forget(handle);
-                drop(members);
-                round.put(FrameType::ProducerEnded, &ProducerEnded { handle, error })?;
-                self.opened.notify_one();
-            }
-            _ => {}
-        }
-        Ok(())
-    }
-}
-
-/// What one write tells.
-#[derive(Default)]
-struct Round {
-    pressure: Pressure,
-    /// Who has something to be told by an acknowledgement; perhaps more than once.
-    touched: Vec<ProducerHandle>,
-    frames: BytesMut,
-}
-
-impl Round {
-    fn put<T: serde::Serialize>(&mut self, kind: FrameType, value: &T) -> Result<(), FrameError> {
-        let frame: Bytes = encode(kind, value)?;
-        self.frames.extend_from_slice(&frame);
-        Ok(())
-    }
-
-    /// One acknowledgement for each who has something to be told.
-    fn put_acks(&mut self, members: &mut Members) {
-        self.touched.sort_unstable();
-        self.touched.dedup();
-        for handle in self.touched.drain(..) {
-            members.put_ack(handle, self.pressure, &mut self.frames);
-        }
-    }
-}
-
-/// Memory for a frame, waited for if need be.
-pub(super) async fn room<S: Storage>(
-    context: &Context<S>,
-    bytes: u64,
-    share: &Share,
-) -> Result<Permit, WireError> {
-    if let Some(permit) = context.memory.try_acquire(bytes, Class::Inbound, share) {
-        return Ok(permit);
-    }
-    let began = tokio::time::Instant::now();
-    let permit = context.memory.acquire(bytes, Class::Inbound, share).await;
-    context
-        .metrics
-        .observe_credit_wait(ErrorCode::Memory, began.elapsed());
-    Ok(permit?)
-}
-
-/// The frame whose header is there and whose memory is taken. While others wait for memory, it may
-/// not keep its own without filling it.
-pub(super) async fn arrive<S: Storage>(
-    context: &Context<S>,
-    reader: &mut FrameReader,
-    bytes: u64,
-    share: &Share,
-) -> Result<Option<Frame>, StreamError> {
-    let in_time = ARRIVAL + Duration::from_millis(bytes * 1_000 / ARRIVAL_BYTES_PER_SECOND);
-    loop {
-        // What has been read stays in the reader.
-        match timeout(in_time, reader.next()).await {
-            Ok(frame) => return frame,
-            Err(_) if !context.memory.is_wanted(share) => {}
-            Err(_) => {
-                let text = "a frame did not arrive in time while others waited for the memory that was kept for it; send it again";
-                return Err(WireError::new(ErrorCode::Memory, text).into());
-            }
-        }
-    }
 }
 
 /// Checks every message of a batch, that their sequences rise, and that nothing is left over.
@@ -498,6 +278,7 @@ fn refused(error: MessageError) -> WireError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bytes::BytesMut;
     use millpond_protocol::{Message, Sequence};
 
     fn batch(sequences: &[u64]) -> Publish {

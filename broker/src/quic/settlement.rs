@@ -12,9 +12,9 @@ use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, mpsc};
 
+use super::both::both;
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
-use super::producer::both;
 use super::{Context, Registered, UNANSWERED_MAX, inbound};
 use crate::memory::Permit;
 use crate::shard::io::{Input, Output, StreamId};

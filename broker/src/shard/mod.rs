@@ -15,6 +15,7 @@ mod input;
 pub mod io;
 mod maintain;
 mod open;
+mod propose;
 mod request;
 #[cfg(test)]
 mod tests;
@@ -22,7 +23,7 @@ mod view;
 
 use std::collections::BTreeMap;
 
-use millpond_protocol::{LogIndex, Offset, SessionId, Stamp, SubscriptionId};
+use millpond_protocol::{LogIndex, SessionId, Stamp, SubscriptionId};
 use millpond_queue::{Effect, Place, Proposal, Queue, Record, publish_header};
 use millpond_wal::storage::Storage;
 use millpond_wal::{Group, Log, LogError};
@@ -30,7 +31,7 @@ use millpond_wal::{Group, Log, LogError};
 use crate::clock::{ANCHOR_BYTES, Clock, Stamper};
 use crate::shard::answer::Origin;
 pub(crate) use crate::shard::answer::skip_messages;
-use crate::shard::io::{Fresh, Handout, Input, Output, StreamId};
+use crate::shard::io::{Fresh, Input, Output, StreamId};
 pub use crate::shard::maintain::{Done, Job};
 pub use crate::shard::open::{OpenShardError, Recovered, ShardOptions};
 
@@ -238,20 +239,6 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
     }
 
-    /// Lets the queue propose leases, expiries and whatever time asks for, and hands out.
-    pub fn dispatch(&mut self, out: &mut Outbox<S>) {
-        if self.gates.read_only || self.held_until_us.is_some() {
-            return;
-        }
-        let now = self.stamper.now();
-        let mut proposals = std::mem::take(&mut self.proposals);
-        self.more_to_dispatch = self.queue.dispatch(now, DISPATCH_BUDGET, &mut proposals);
-        for proposal in proposals.drain(..) {
-            self.propose(proposal, out);
-        }
-        self.proposals = proposals;
-    }
-
     /// Vouches for the last commit if nothing has followed it for a while.
     pub fn vouch_if_due(&mut self) -> Result<(), Fatal> {
         let now = self.stamper.clock().boottime_us();
@@ -397,74 +384,6 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
         self.answer_refused(out);
         Ok(())
-    }
-
-    fn propose(&mut self, proposal: Proposal, out: &mut Outbox<S>) {
-        match proposal {
-            Proposal::Lease {
-                record,
-                session,
-                topic,
-                ranges,
-                ..
-            } => {
-                self.push_unawaited(&record);
-                for range in ranges {
-                    let run = Handout {
-                        topic,
-                        offset: range.offset,
-                        count: range.count,
-                        delivery: range.delivery,
-                        attempt: range.attempt,
-                        elsewhere: None,
-                    };
-                    self.deliver(session, run, out);
-                }
-            }
-            Proposal::Log(record) => self.push_unawaited(&record),
-            Proposal::Stream {
-                session,
-                topic,
-                offset,
-                count,
-                ..
-            } => {
-                let run = Handout {
-                    topic,
-                    offset,
-                    count,
-                    delivery: Default::default(),
-                    attempt: 1,
-                    elsewhere: None,
-                };
-                self.deliver(session, run, out);
-            }
-            Proposal::Notice { session, notice } => self.tell(session, Output::Notice(notice), out),
-        }
-    }
-
-    /// Sends a run to its session; where bodies stand elsewhere, one by one with the place.
-    fn deliver(&mut self, session: SessionId, run: Handout, out: &mut Outbox<S>) {
-        if !self.queue.has_references(run.topic) {
-            self.tell(session, Output::Deliver(run), out);
-            return;
-        }
-        for offset in (run.offset.0..).take(run.count as usize).map(Offset) {
-            let elsewhere = self.elsewhere(run.topic, offset).map(Box::new);
-            let one = Handout {
-                offset,
-                count: 1,
-                elsewhere,
-                ..run.clone()
-            };
-            self.tell(session, Output::Deliver(one), out);
-        }
-    }
-
-    fn tell(&self, session: SessionId, output: Output, out: &mut Outbox<S>) {
-        if let Some(attachment) = self.attached.get(&session) {
-            out.replies.push((attachment.deliveries, output));
-        }
     }
 
     /// Puts a record into the open group; somebody waits for it.

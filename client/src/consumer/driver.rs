@@ -9,12 +9,13 @@ use millpond_protocol::ErrorClass;
 use millpond_protocol::control::{
     ConsumerOpened, CreateSubscription, OpenConsumer, OpenSettlements, SessionResume,
 };
-use millpond_protocol::frame::{self, FrameError, FrameType};
-use millpond_protocol::hot::{ConsumerCredit, decode_deliver};
+use millpond_protocol::frame::{self, FrameType};
+use millpond_protocol::hot::ConsumerCredit;
 use quinn::SendStream;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
+use super::hear::{hear, receive};
 use super::session::{Session, SettleNext};
 use crate::backoff::{Backoff, random, retry_after};
 use crate::client::Inner;
@@ -249,23 +250,6 @@ async fn grant(session: &Session, send: &mut SendStream) -> StreamEnd {
     }
 }
 
-async fn receive(session: &Session, reader: &mut FrameReader) -> StreamEnd {
-    loop {
-        let frame = match reader.next().await {
-            Ok(frame) => frame,
-            Err(end) => return end,
-        };
-        let taken = match frame.kind {
-            FrameType::Deliver => decode_deliver(&frame.body).map(|all| session.delivered(all)),
-            FrameType::ConsumerNotice => frame.decode().map(|notice| session.notice(notice)),
-            found => Err(FrameError::Unexpected { found }),
-        };
-        if let Err(error) = taken {
-            return error.into();
-        }
-    }
-}
-
 async fn settle(session: &Session, send: &mut SendStream) -> StreamEnd {
     let every = Duration::from_millis((session.lease_ms() / 3).max(1));
     let mut renew_at = Instant::now() + every;
@@ -297,20 +281,6 @@ async fn settle(session: &Session, send: &mut SendStream) -> StreamEnd {
 
 async fn put(send: &mut SendStream, bytes: Bytes) -> Result<(), StreamEnd> {
     Ok(send.write_chunk(bytes).await?)
-}
-
-/// Hears answers to settlements until the session is closed.
-async fn hear(session: &Session, reader: &mut FrameReader) -> Result<(), StreamEnd> {
-    loop {
-        let frame = reader.next().await?;
-        match frame.kind {
-            FrameType::Settled => session
-                .settled(&frame.decode()?)
-                .map_err(StreamEnd::Malformed)?,
-            FrameType::SessionClosed => return Ok(()),
-            found => return Err(FrameError::Unexpected { found }.into()),
-        }
-    }
 }
 
 /// When the broker goes away: hands out nothing more, and leaves once everything is settled.

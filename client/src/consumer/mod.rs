@@ -2,6 +2,7 @@
 
 pub(crate) mod delivery;
 mod driver;
+mod hear;
 pub(crate) mod session;
 mod settle;
 pub(crate) mod stream;

@@ -6,10 +6,15 @@ use std::task::{Context, Poll, Waker};
 use bytes::{BufMut, BytesMut};
 use millpond_protocol::frame::HEADER_BYTES;
 use millpond_protocol::hot::Publish;
-use millpond_protocol::{Epoch, MessageView, Offset, ProducerHandle, TopicId, WireError};
+use millpond_protocol::{
+    Epoch, ErrorClass, MessageView, Offset, ProducerHandle, TopicId, WireError,
+};
 use proptest::prelude::*;
 
+use super::super::batch::Accepted;
 use super::*;
+use millpond_protocol::control::PublishRefused;
+use millpond_protocol::hot::{AckKind, AckRow, PublishAck};
 
 const HANDLE: ProducerHandle = ProducerHandle(1);
 const TIMEOUT: Duration = Duration::from_secs(30);

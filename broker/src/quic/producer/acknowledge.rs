@@ -1,0 +1,170 @@
+//! A publish stream, outwards: what the shard answered, coalesced into one write.
+//!
+//! Each producer with something to be told gets one acknowledgement with fresh credit; refusals and ends
+//! go behind what was accepted before them.
+
+use bytes::{Bytes, BytesMut};
+use millpond_protocol::ProducerHandle;
+use millpond_protocol::control::{ProducerEnded, PublishRefused};
+use millpond_protocol::frame::{FrameError, FrameType, encode};
+use millpond_wal::storage::Storage;
+use tokio::sync::mpsc;
+
+use super::super::Pressure;
+use super::super::frames::{FrameWriter, StreamError};
+use super::super::members::{Members, Producer, Welcome};
+use super::Session;
+use crate::shard::io::Output;
+
+/// Answers of the shard that are put into one write.
+const COALESCE_MAX: usize = 1_024;
+
+impl<S: Storage> Session<'_, S> {
+    pub(super) async fn write(
+        &self,
+        writer: &mut FrameWriter,
+        outputs: &mut mpsc::UnboundedReceiver<Output>,
+    ) -> Result<(), StreamError> {
+        let mut pressure = self.context.pressure.clone();
+        let mut round = Round::default();
+        loop {
+            let first = tokio::select! {
+                output = outputs.recv() => output,
+                // Credit that grows again must be told although nothing is answered.
+                Ok(()) = pressure.changed() => None,
+            };
+            round.pressure = *self.context.pressure.borrow();
+            if first.is_none() {
+                round.touched.extend(self.members.lock().handles());
+            }
+            let mut next = first;
+            let mut end = None;
+            for nth in 1..=COALESCE_MAX {
+                match next {
+                    Some(Output::End(error)) => end = Some(error),
+                    Some(output) => self.take(output, &mut round).await?,
+                    None => break,
+                }
+                // What is received is taken: at the bound there is no next one.
+                next = if end.is_none() && nth < COALESCE_MAX {
+                    outputs.try_recv().ok()
+                } else {
+                    None
+                };
+            }
+            round.put_acks(&mut self.members.lock());
+            if !round.frames.is_empty() {
+                writer.write(round.frames.split().freeze()).await?;
+            }
+            if let Some(error) = end {
+                return Err(error.into());
+            }
+        }
+    }
+
+    async fn take(&self, output: Output, round: &mut Round) -> Result<(), StreamError> {
+        match output {
+            Output::Published {
+                handle,
+                rows,
+                messages,
+                bytes,
+            } => {
+                let mut members = self.members.lock();
+                if members.answered(handle, messages, bytes, rows) {
+                    round.touched.push(handle);
+                }
+            }
+            Output::PublishRefused {
+                handle,
+                previous,
+                count,
+                bytes,
+                last_accepted,
+                error,
+            } => {
+                self.context.metrics.refused(error.code);
+                let refused = PublishRefused {
+                    handle,
+                    previous,
+                    count,
+                    last_accepted,
+                    error,
+                };
+                let mut members = self.members.lock();
+                if members.answered(handle, u64::from(count), bytes, Vec::new()) {
+                    // What was accepted before it is told before it.
+                    members.put_ack(handle, round.pressure, &mut round.frames);
+                    round.put(FrameType::PublishRefused, &refused)?;
+                }
+            }
+            Output::ProducerOpened {
+                handle,
+                topic,
+                producer,
+                epoch,
+                last_sequence,
+                ..
+            } => {
+                let of = Producer {
+                    topic,
+                    producer,
+                    epoch,
+                    share: self.context.memory.topic(&self.peer.share, topic),
+                };
+                let welcome = self
+                    .members
+                    .lock()
+                    .opened(handle, of, last_sequence, round.pressure);
+                match welcome {
+                    Some(Welcome::Open(opened)) => {
+                        round.put(FrameType::ProducerOpened, &opened)?;
+                    }
+                    Some(Welcome::Left(done, error)) => {
+                        self.let_go(done).await?;
+                        let ended = ProducerEnded { handle, error };
+                        round.put(FrameType::ProducerEnded, &ended)?;
+                    }
+                    None => {}
+                }
+                self.opened.notify_one();
+            }
+            Output::ProducerEnded { handle, error } => {
+                let mut members = self.members.lock();
+                members.put_ack(handle, round.pressure, &mut round.frames);
+                members.forget(handle);
+                drop(members);
+                round.put(FrameType::ProducerEnded, &ProducerEnded { handle, error })?;
+                self.opened.notify_one();
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// What one write tells.
+#[derive(Default)]
+struct Round {
+    pressure: Pressure,
+    /// Who has something to be told by an acknowledgement; perhaps more than once.
+    touched: Vec<ProducerHandle>,
+    frames: BytesMut,
+}
+
+impl Round {
+    fn put<T: serde::Serialize>(&mut self, kind: FrameType, value: &T) -> Result<(), FrameError> {
+        let frame: Bytes = encode(kind, value)?;
+        self.frames.extend_from_slice(&frame);
+        Ok(())
+    }
+
+    /// One acknowledgement for each who has something to be told.
+    fn put_acks(&mut self, members: &mut Members) {
+        self.touched.sort_unstable();
+        self.touched.dedup();
+        for handle in self.touched.drain(..) {
+            members.put_ack(handle, self.pressure, &mut self.frames);
+        }
+    }
+}

@@ -1,0 +1,88 @@
+//! What leaves the shard: bodies into the cache, answers to their streams, jobs to the upkeep thread.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crossbeam_channel::Sender;
+use millpond_wal::storage::Storage;
+use tokio::sync::mpsc;
+
+use crate::bodies::{Cache, Share};
+use crate::metrics::BrokerMetrics;
+use crate::shard::io::{Output, StreamId};
+use crate::shard::{Job, Outbox};
+
+/// The streams that answers are for.
+///
+/// The channels are unbounded because what is in them is bounded elsewhere: acknowledgements by a
+/// producer's credit, deliveries by a consumer's, settlements and responses by `UNANSWERED_MAX`.
+pub struct Router<S: Storage> {
+    streams: HashMap<StreamId, mpsc::UnboundedSender<Output>>,
+    cache: Arc<Cache>,
+    metrics: Arc<BrokerMetrics>,
+    jobs: Sender<Job<S>>,
+}
+
+impl<S: Storage> Router<S> {
+    pub fn new(cache: Arc<Cache>, metrics: Arc<BrokerMetrics>, jobs: Sender<Job<S>>) -> Self {
+        Self {
+            streams: HashMap::new(),
+            cache,
+            metrics,
+            jobs,
+        }
+    }
+
+    /// Lets everything out that the round has produced.
+    pub fn flush(&mut self, out: &mut Outbox<S>) {
+        let mut group_bytes = 0;
+        for commit in out.commits.drain(..) {
+            self.metrics.observe_commit(
+                commit.records,
+                commit.bytes,
+                Duration::from_micros(commit.sync_us),
+            );
+            group_bytes = commit.bytes;
+        }
+        if !out.fresh.is_empty() {
+            self.cache
+                .fill(out.fresh.drain(..), Share::of_group(group_bytes));
+        }
+        for (stream, output) in out.replies.drain(..) {
+            self.send(stream, output);
+        }
+        for name in out.revoked.drain(..) {
+            self.revoke(&name);
+        }
+        for job in out.jobs.drain(..) {
+            if self.jobs.try_send(job).is_err() {
+                tracing::error!("the upkeep thread has ended; space is no longer reclaimed");
+            }
+        }
+    }
+
+    pub fn add(&mut self, stream: StreamId, sender: mpsc::UnboundedSender<Output>) {
+        self.streams.insert(stream, sender);
+    }
+
+    pub fn remove(&mut self, stream: StreamId) {
+        self.streams.remove(&stream);
+    }
+
+    fn send(&self, stream: StreamId, output: Output) {
+        if let Some(sender) = self.streams.get(&stream) {
+            // A stream that has gone will be unregistered by its session.
+            let _ = sender.send(output);
+        }
+    }
+
+    /// Every control stream decides for itself whether the revoked token is its own.
+    fn revoke(&self, name: &str) {
+        for sender in self.streams.values() {
+            let _ = sender.send(Output::Revoked {
+                token: name.to_owned(),
+            });
+        }
+    }
+}

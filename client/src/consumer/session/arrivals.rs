@@ -1,0 +1,117 @@
+//! What comes from the broker: deliveries, notices, answers to settlements.
+
+use std::collections::BTreeSet;
+
+use millpond_protocol::control::{ConsumerNotice, LeaseName, LostReason, Settled};
+use millpond_protocol::hot::Delivered;
+use millpond_protocol::{Offset, SubscriptionMode};
+
+use super::{Held, Item, Phase, Session, State};
+use crate::completion::Wakeups;
+use crate::limits::LOST_LEASES_MAX;
+
+impl Session {
+    /// Takes a deliver frame's messages.
+    pub fn delivered(&self, delivered: Vec<Delivered>) {
+        let mut state = self.state.lock();
+        for delivered in delivered {
+            state.receive(delivered);
+        }
+        let user = state.user.take();
+        drop(state);
+        if let Some(user) = user {
+            user.wake();
+        }
+    }
+
+    pub fn notice(&self, notice: ConsumerNotice) {
+        let mut state = self.state.lock();
+        match notice {
+            ConsumerNotice::LeasesLost { leases, reason } => state.leases_lost(leases, reason),
+            ConsumerNotice::Active { from } => state.activated(from),
+            ConsumerNotice::Standby => {
+                (state.stream.active, state.stream.seeking) = (false, false);
+                state.clear_buffer();
+            }
+            ConsumerNotice::Paused { reason } => {
+                tracing::info!(reason, "deliveries are paused");
+            }
+            ConsumerNotice::Corrupt { first, next } => {
+                state.buffer.push_back(Item::Corrupt { first, next });
+            }
+        }
+        let user = state.user.take();
+        drop(state);
+        self.credit_work.notify_one();
+        if let Some(user) = user {
+            user.wake();
+        }
+    }
+
+    pub fn settled(&self, settled: &Settled) -> Result<(), String> {
+        let mut wakeups = Wakeups::default();
+        let mut state = self.state.lock();
+        let result = state.settle.settled(settled, &mut wakeups);
+        let may_close = state.phase == Phase::Detached && state.settle.pending() == 0;
+        drop(state);
+        wakeups.wake();
+        if may_close {
+            self.settle_work.notify_one();
+        }
+        self.credit_work.notify_one();
+        self.progress.notify_waiters();
+        result
+    }
+}
+
+impl State {
+    fn receive(&mut self, delivered: Delivered) {
+        let held = Held {
+            delivered,
+            session: self.resume.session,
+            slot: 0,
+            ordinal: self.received,
+            generation: self.generation,
+        };
+        let bytes = held.bytes();
+        self.received += 1;
+        self.received_bytes += bytes;
+        if self.mode == SubscriptionMode::Stream {
+            let offset = held.delivered.meta.offset;
+            self.stream.active = true;
+            if offset < self.stream.skip_below {
+                return;
+            }
+            self.stream.next = offset.next();
+        }
+        if self.phase != Phase::Open {
+            // Released with the session's end.
+            return;
+        }
+        self.outstanding += 1;
+        self.outstanding_bytes += bytes;
+        self.buffer.push_back(Item::Message(held));
+    }
+
+    fn leases_lost(&mut self, leases: Vec<LeaseName>, reason: LostReason) {
+        let mut gone: BTreeSet<LeaseName> = leases.into_iter().collect();
+        self.retain(|held| !gone.remove(&held.lease()));
+        if self.outstanding == 0 {
+            self.lost.clear();
+        } else if self.lost.len() + gone.len() <= LOST_LEASES_MAX {
+            self.lost
+                .extend(gone.into_iter().map(|lease| (lease, reason)));
+        }
+    }
+
+    fn activated(&mut self, from: Offset) {
+        self.stream.active = true;
+        self.stream.seeking = false;
+        // A resumed session goes on behind what it has received; any other turn begins anew.
+        if !std::mem::take(&mut self.stream.resumed) {
+            self.clear_buffer();
+            self.stream.skip_below = Offset(0);
+            (self.stream.next, self.stream.committed) = (from, from);
+        }
+    }
+}

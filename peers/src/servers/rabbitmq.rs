@@ -31,7 +31,7 @@ impl Peer for RabbitMq {
 
     async fn start(durability: Durability, dir: &Path) -> Result<Self> {
         open_to_all(dir)?;
-        let (port, names) = (free_port()?, free_port()?);
+        let (port, names, between_nodes) = (free_port()?, free_port()?, free_port()?);
         let plugins = dir.join("plugins");
         std::fs::write(&plugins, "[].")?;
         let mut command = Command::new("/usr/lib/rabbitmq/bin/rabbitmq-server");
@@ -39,6 +39,8 @@ impl Peer for RabbitMq {
             .env("HOME", dir)
             .env("RABBITMQ_NODE_IP_ADDRESS", "127.0.0.1")
             .env("RABBITMQ_NODE_PORT", port.to_string())
+            // By default the port above and 20,000, which there may not be.
+            .env("RABBITMQ_DIST_PORT", between_nodes.to_string())
             .env("RABBITMQ_NODENAME", format!("peer{port}@localhost"))
             .env("RABBITMQ_MNESIA_BASE", dir.join("mnesia"))
             .env("RABBITMQ_LOG_BASE", dir.join("log"))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use redis::AsyncConnectionConfig;
 use redis::aio::MultiplexedConnection;
 use redis::streams::{StreamId, StreamReadReply};
 use tokio::process::Command;
@@ -37,7 +38,7 @@ impl Peer for Redis {
             .arg(dir);
         let child = Child::start(command, dir, port).await?;
         let client = redis::Client::open(format!("redis://127.0.0.1:{port}"))?;
-        let mut connection = client.get_multiplexed_async_connection().await?;
+        let mut connection = connect(&client).await?;
         let made: String = redis::cmd("XGROUP")
             .arg(&["CREATE", STREAM, GROUP, "0", "MKSTREAM"])
             .query_async(&mut connection)
@@ -51,14 +52,14 @@ impl Peer for Redis {
     }
 
     async fn producer(&self) -> Result<Publisher> {
-        let connection = self.client.get_multiplexed_async_connection().await?;
+        let connection = connect(&self.client).await?;
         Ok(Publisher { connection })
     }
 
     async fn consumer(&self, prefetch: u32) -> Result<Receiver> {
         Ok(Receiver {
-            reader: self.client.get_multiplexed_async_connection().await?,
-            settler: self.client.get_multiplexed_async_connection().await?,
+            reader: connect(&self.client).await?,
+            settler: connect(&self.client).await?,
             prefetch,
             read: VecDeque::new(),
         })
@@ -67,6 +68,13 @@ impl Peer for Redis {
     async fn stop(self) -> Result<()> {
         self.child.stop().await
     }
+}
+
+/// Without a limit of its own on an answer: a measurement has one, and a slow sync is no failure.
+async fn connect(client: &redis::Client) -> Result<MultiplexedConnection> {
+    let config = AsyncConnectionConfig::new().set_response_timeout(None);
+    let connection = client.get_multiplexed_async_connection_with_config(&config);
+    Ok(connection.await?)
 }
 
 pub struct Publisher {

@@ -312,9 +312,9 @@ fn shard_options(config: &Config) -> ShardOptions {
     }
 }
 
-/// A full group may be followed by one more message of the largest size.
+/// A full group may be followed by one more message of the largest size, and by a mark of it.
 const ENTRY_BYTES_MAX: usize =
-    crate::shard::GROUP_BYTES_TARGET + millpond_protocol::limits::FRAME_BYTES_MAX + (1 << 20);
+    crate::shard::GROUP_BYTES_TARGET + millpond_protocol::limits::FRAME_BYTES_MAX + (4 << 20);
 
 fn as_usize(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)

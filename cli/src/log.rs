@@ -198,9 +198,15 @@ fn accept(dir: &Path, format: Format) -> Result<(), Failure> {
             "losses": lost.iter().map(range_json).collect::<Value>(),
         })),
         Format::Human if lost.is_empty() => output::line("nothing has to be salvaged"),
-        Format::Human => lost
-            .iter()
-            .try_for_each(|range| output::line(format!("given up: entries {range}"))),
+        Format::Human => {
+            for range in &lost {
+                output::line(format!("given up: entries {range}"))?;
+            }
+            output::line(
+                "the next start goes on without them: whole messages keep their offsets, lost ones are told as damaged, \
+                 settings and settlements that only they told of are gone",
+            )
+        }
     }
 }
 

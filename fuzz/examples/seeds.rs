@@ -22,7 +22,8 @@ use millpond_protocol::{
     SessionId, Stamp, StartAt, SubscriptionConfig, SubscriptionId, TopicConfig, TopicId, WireError,
 };
 use millpond_queue::{
-    Expired, LeaseRange, OffsetRun, Options, Place, Queue, Record, SettleEntry, StartPosition,
+    Expired, LeaseRange, Mark, OffsetRun, Options, Place, ProducerMark, Queue, Record, SettleEntry,
+    StartPosition, TopicMark,
 };
 
 fn main() {
@@ -375,9 +376,29 @@ fn record_values(messages: &[u8]) -> Vec<Record<'_>> {
             hash: [1; 32],
         },
         Record::TokenRevoke { name: "a" },
+        Record::Mark(Mark {
+            next_topic: 2,
+            next_subscription: 2,
+            next_producer: 2,
+            topics: vec![TopicMark {
+                topic,
+                name: "t",
+                first: Offset(0),
+                next: Offset(2),
+                bytes: 90,
+            }],
+            producers: vec![ProducerMark {
+                producer: ProducerKey(1),
+                topic,
+                name: Some("p"),
+                epoch: Epoch(1),
+                last: Sequence(2),
+            }],
+        }),
         Record::Skip {
             from: LogIndex(1),
             to: LogIndex(2),
+            messages_max: 3,
         },
         Record::Damaged {
             topic,

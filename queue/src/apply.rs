@@ -2,6 +2,7 @@
 
 mod dead;
 mod expire;
+pub(crate) mod loss;
 mod producers;
 mod sessions;
 mod settle;

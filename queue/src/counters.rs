@@ -31,6 +31,8 @@ pub struct Counters {
     pub leases_lost: BTreeMap<&'static str, u64>,
     pub redriven: u64,
     pub purged: u64,
+    /// Offsets whose messages were in entries of the log that were given up as lost.
+    pub lost: u64,
     /// How late redeliveries were proposed: counts of at most 1, 2, 5, 10, 20, 50, 100, 1,000 ms,
     /// and more.
     pub redelivery_late: [u64; 9],

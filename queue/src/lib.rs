@@ -23,6 +23,7 @@ mod state;
 mod upkeep;
 mod view;
 
+pub use apply::loss::{Loss, LostRun};
 pub use counters::{Counters, FAILURE_CODES_MAX, LATE_BUCKETS_MS};
 pub use effect::{
     AppendedRun, Attached, Effect, Handout, Outcome, Place, Proposal, Refusal, RestoreError,
@@ -31,9 +32,9 @@ pub use effect::{
 pub use limits::{Options, PRODUCER_IDLE_MS, SESSION_GRACE_MS};
 pub use queue::Queue;
 pub use record::{
-    Expired, FailureKind, HistoryItem, LEASE_FIXED_BYTES, LeaseRange, OffsetRun, Overdue,
-    PUBLISH_FIXED_BYTES, Record, RecordError, SettleEntry, StartPosition, Story, kind,
-    publish_header,
+    Expired, FailureKind, HistoryItem, LEASE_FIXED_BYTES, LeaseRange, Mark, OffsetRun, Overdue,
+    PUBLISH_FIXED_BYTES, ProducerMark, Record, RecordError, SettleEntry, StartPosition, Story,
+    TopicMark, kind, publish_header,
 };
 pub use state::dead_letter::Letter;
 pub use state::snapshot::FORMAT as SNAPSHOT_FORMAT;

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use millpond_protocol::{SessionId, Stamp, SubscriptionId, TopicId};
 
+use crate::apply::loss::Mending;
 use crate::counters::Counters;
 use crate::dispatch::timers::Timers;
 use crate::effect::{Effect, Outcome, Place};
@@ -48,6 +49,8 @@ pub struct Queue {
     pub(crate) dirty: Dirty,
     pub(crate) work: Work,
     pub(crate) counters: Counters,
+    /// While the fold goes on over entries that are lost.
+    pub(crate) mending: Mending,
 }
 
 /// What dispatch goes by. Volatile.
@@ -193,7 +196,12 @@ impl Queue {
             } => self.dead_purge(*topic, (source_topic, subscription), filter, out),
             Record::TokenAdd { name, hash } => self.token_add(at, name, hash),
             Record::TokenRevoke { name } => self.token_revoke(name),
-            Record::Skip { .. } => Outcome::Done,
+            Record::Mark(_) => Outcome::Done,
+            Record::Skip {
+                from,
+                to,
+                messages_max,
+            } => self.end_loss(*from, *to, *messages_max),
             Record::Damaged { topic, ranges } => self.damaged(at, *topic, ranges, out),
             Record::LetGo { topic, ranges } => self.let_go(*topic, ranges),
         }

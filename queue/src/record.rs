@@ -159,11 +159,17 @@ pub enum Record<'a> {
     TokenRevoke {
         name: &'a str,
     },
-    /// Salvage: the log's entries from `from` to `to` inclusive were damaged and accepted as lost.
+    /// The log's entries from `from` to `to` inclusive were damaged and accepted as lost: the records behind
+    /// them, up to this one, were decided with them.
     Skip {
         from: LogIndex,
         to: LogIndex,
+        /// Most messages that a topic may have lost in them without anything behind them telling.
+        messages_max: u64,
     },
+    /// What the state said when this group was begun, of what its records are about. Changes nothing, unless
+    /// entries before it are lost: then it tells what they had done.
+    Mark(Mark<'a>),
     /// Bodies that were found to be unreadable: queue subscriptions dead-letter them.
     Damaged {
         topic: TopicId,
@@ -174,6 +180,41 @@ pub enum Record<'a> {
         topic: TopicId,
         ranges: Vec<OffsetRun>,
     },
+}
+
+/// See [`Record::Mark`].
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mark<'a> {
+    pub next_topic: u32,
+    pub next_subscription: u32,
+    pub next_producer: u64,
+    /// The topics that the group publishes to.
+    #[serde(borrow)]
+    pub topics: Vec<TopicMark<'a>>,
+    /// The producers that publish in it.
+    #[serde(borrow)]
+    pub producers: Vec<ProducerMark<'a>>,
+}
+
+/// A topic and the offset of its next message.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TopicMark<'a> {
+    pub topic: TopicId,
+    pub name: &'a str,
+    pub first: Offset,
+    pub next: Offset,
+    /// Of the messages from `first` on.
+    pub bytes: u64,
+}
+
+/// A producer and the last of its sequences that was accepted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProducerMark<'a> {
+    pub producer: ProducerKey,
+    pub topic: TopicId,
+    pub name: Option<&'a str>,
+    pub epoch: Epoch,
+    pub last: Sequence,
 }
 
 /// Where a subscription begins or is moved to; times have been resolved to offsets before.
@@ -316,7 +357,7 @@ kinds! {
     SessionOpen = 30, SessionEnd = 31, Lease = 32, Settle = 33, Commit = 34, Expire = 35,
     Trim = 40, Redrive = 41, RedriveStep = 42, RedriveCancel = 43, DeadPurge = 44,
     TokenAdd = 50, TokenRevoke = 51,
-    Skip = 60, Damaged = 61, LetGo = 62,
+    Skip = 60, Damaged = 61, LetGo = 62, Mark = 63,
 }
 
 impl<'a> Record<'a> {
@@ -354,6 +395,7 @@ impl<'a> Record<'a> {
             Self::Skip { .. } => kind::Skip,
             Self::Damaged { .. } => kind::Damaged,
             Self::LetGo { .. } => kind::LetGo,
+            Self::Mark(_) => kind::Mark,
         }
     }
 
@@ -431,7 +473,12 @@ impl<'a> Record<'a> {
             } => put(&(topic, source_topic, subscription, filter), out),
             Self::TokenAdd { name, hash } => put(&(name, hash), out),
             Self::TokenRevoke { name } => put(name, out),
-            Self::Skip { from, to } => put(&(from, to), out),
+            Self::Skip {
+                from,
+                to,
+                messages_max,
+            } => put(&(from, to, messages_max), out),
+            Self::Mark(mark) => put(mark, out),
             Self::Damaged { topic, ranges } | Self::LetGo { topic, ranges } => {
                 put(&(topic, ranges), out)
             }
@@ -570,9 +617,14 @@ impl<'a> Record<'a> {
                 Self::TokenRevoke { name }
             }
             kind::Skip => {
-                let (from, to) = get(kind, bytes)?;
-                Self::Skip { from, to }
+                let (from, to, messages_max) = get(kind, bytes)?;
+                Self::Skip {
+                    from,
+                    to,
+                    messages_max,
+                }
             }
+            kind::Mark => Self::Mark(get(kind, bytes)?),
             kind::Damaged => {
                 let (topic, ranges) = get(kind, bytes)?;
                 Self::Damaged { topic, ranges }

@@ -18,7 +18,7 @@ use crate::disk::{Contents, Disk};
 use crate::life::{Consumer, Life, NO_SNAPSHOT};
 
 /// Bytes of records after which a snapshot is taken: [`filler`] makes that come true.
-const SNAPSHOT_EVERY: u64 = 3_600;
+const SNAPSHOT_EVERY: u64 = 4_800;
 
 /// The store and what was acknowledged while it was made.
 pub struct Golden {

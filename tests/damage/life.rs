@@ -32,7 +32,7 @@ pub struct Life {
 }
 
 pub struct Producer {
-    topic: TopicId,
+    pub topic: TopicId,
     key: ProducerKey,
     epoch: Epoch,
     pub last: Sequence,

@@ -8,6 +8,7 @@
 //! Plain `cargo test` tries a sample with a fixed stride, and shows that the judge can say no;
 //! `whole_catalogue` tries everything, in a release build: `.ci/damage`.
 
+mod accepted;
 mod disk;
 mod golden;
 mod judge;

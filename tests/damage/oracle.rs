@@ -7,7 +7,7 @@ use std::ops::{ControlFlow, Range};
 use bytes::Bytes;
 use millpond_protocol::{LogIndex, MessageView, Offset, Stamp, TopicId};
 use millpond_queue::{Place, Queue, Record};
-use millpond_wal::{Dumped, Log};
+use millpond_wal::{Dumped, Log, Replayed};
 
 use crate::disk::{Contents, Disk};
 use crate::golden::{Golden, NEXT_MINUTE};
@@ -100,7 +100,8 @@ impl Oracle {
     }
 }
 
-fn look(disk: &Disk) -> (BTreeMap<u64, EntryAt>, BTreeMap<String, SegmentAt>, u64) {
+/// Entries by index, segments by name, and what is vouched for.
+pub fn look(disk: &Disk) -> (BTreeMap<u64, EntryAt>, BTreeMap<String, SegmentAt>, u64) {
     let (mut entries, mut segments, mut vouched) = (BTreeMap::new(), BTreeMap::new(), 0);
     let mut file = String::new();
     millpond_wal::dump(disk, millpond_wal::LogIndex(0), |dumped| {
@@ -166,7 +167,10 @@ fn stops(contents: &Contents) -> BTreeMap<u64, State> {
     let mut queue = Queue::restore(options, chunks.map(|(id, bytes)| (id.0, bytes)))
         .expect("it was written by a queue");
     let mut stops = BTreeMap::from([(snapshot.index().0, queue.chunks())]);
-    let end = opened.log.replay(|entry, _| {
+    let end = opened.log.replay(|step, _| {
+        let Replayed::Entry(entry) = step else {
+            panic!("no loss was accepted");
+        };
         for record in entry.records() {
             let decoded = Record::decode(record.kind, record.body)?;
             let place = Place {

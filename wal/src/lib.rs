@@ -51,7 +51,7 @@ pub use options::Options;
 pub use reader::LogReader;
 pub use record::{Group, Record, RecordBytes, Records};
 pub use recover::{EntryDamage, Opened, RecoveryReport, SegmentDamage, TornManifest, TornTail};
-pub use replay::{ReplayEnd, ReplayEntry, ReplayError, ReplayRecord};
+pub use replay::{LostEntries, ReplayEnd, ReplayEntry, ReplayError, ReplayRecord, Replayed};
 pub use seal::{SealDone, SealJob};
 pub use segment::{Contents, SegmentDefect, SegmentId};
 pub use snapshot::{ChunkId, Snapshot, SnapshotDone, SnapshotJob};

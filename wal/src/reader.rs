@@ -16,6 +16,7 @@ use crate::entry::{EntryHeader, EntryKind, HEADER_BYTES, Place};
 use crate::error::{IndexRange, ReadError};
 use crate::record::{RECORD_HEADER_BYTES, RecordBytes, RecordHead, table_slot_at};
 use crate::retire::Held;
+use crate::segment::Contents;
 use crate::storage::{Storage, StorageFile};
 use crate::tables::{Body, SealedBody, Segment, Tables};
 
@@ -109,6 +110,13 @@ impl<S: Storage> LogReader<S> {
         };
         let segment = segment.ok_or(ReadError::NotFound(index))?;
         let Some(spot) = segment.spot(index)? else {
+            // An entry that is whole stays in its segment until the segment is cleaned.
+            let is_lost = segment.contents == Contents::Whole && segment.range().contains(index);
+            let one = IndexRange {
+                first: index,
+                last: index,
+            };
+            let damage = damage.or(is_lost.then_some(one));
             return Err(damage.map_or(ReadError::NotFound(index), ReadError::Damaged));
         };
         read_record(&segment, spot, place, bytes_max)

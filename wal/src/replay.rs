@@ -3,14 +3,33 @@
 //! Stops at the first damage that nobody accepted: what follows it must not be applied, because it was
 //! decided on a state that cannot be known any more. Only when all is folded is anything written.
 
+use crate::directory::{Row, Spot};
 use crate::entry::{EntryKind, LogIndex, Place};
 use crate::error::{IndexRange, LogError, OpenError, ReadError};
 use crate::log::{Health, Log, RowSink};
+use crate::manifest::SegmentEnd;
 use crate::record::Records;
 use crate::retire::Held;
-use crate::segment::Contents;
-use crate::storage::Storage;
+use crate::segment::{Contents, ENTRIES_START};
+use crate::storage::{Storage, StorageFile};
 use crate::tables::Segment;
+
+/// What replay comes to, in order.
+#[derive(Clone, Debug)]
+pub enum Replayed<'a> {
+    Entry(ReplayEntry<'a>),
+    Lost(LostEntries),
+}
+
+/// Entries that are damaged and whose loss was accepted. What follows was decided with them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostEntries {
+    pub range: IndexRange,
+    /// What they had appended, where the segment's directory still says so.
+    pub rows: Option<Vec<Row>>,
+    /// They had at most so many bytes.
+    pub bytes_max: u64,
+}
 
 /// One entry to be applied.
 #[derive(Clone, Debug)]
@@ -69,11 +88,11 @@ pub enum ReplayEnd {
 
 impl<S: Storage> Log<S> {
     /// Hands every entry behind the snapshot to `apply`, which adds the rows it decides on to the sink;
-    /// blank entries are left out. Afterwards the log takes writes, unless it is damaged. An error of
+    /// blank entries are left out, accepted losses are told. Afterwards the log takes writes, unless it is damaged. An error of
     /// `apply` ends the replay, and nothing has been written.
     pub fn replay<E>(
         &mut self,
-        mut apply: impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+        mut apply: impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
     ) -> Result<ReplayEnd, ReplayError<E>> {
         if matches!(self.health, Health::Good | Health::Poisoned) {
             self.check_writable()?;
@@ -87,7 +106,9 @@ impl<S: Storage> Log<S> {
                 return Ok(ReplayEnd::Damaged { range });
             }
         }
-        if let Some(range) = self.gap_to(self.durable.next()) {
+        let missing = self.durable.0.saturating_sub(self.applied.0);
+        let bytes_max = missing.saturating_mul(self.options.entry_bytes_max as u64);
+        if let Some(range) = self.gap_to(self.durable.next(), bytes_max, &mut apply)? {
             self.health = Health::Damaged(range);
             return Ok(ReplayEnd::Damaged { range });
         }
@@ -100,60 +121,131 @@ impl<S: Storage> Log<S> {
     fn replay_segment<E>(
         &mut self,
         segment: &Segment<S::File>,
-        apply: &mut impl FnMut(ReplayEntry<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+        apply: &mut impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
     ) -> Result<Option<IndexRange>, ReplayError<E>> {
-        if segment.contents == Contents::Sparse {
-            let first = segment.first.max(self.applied.next());
-            return Ok(Some(IndexRange {
-                first,
-                last: segment.last(),
-            }));
-        }
-        let mut entry = Vec::new();
-        let spots = match segment.spots_after(self.applied) {
+        // What was cleaned away was applied once, and cannot be again.
+        let spots = match segment.contents {
+            Contents::Sparse => Err(ReadError::Damaged(segment.range())),
+            Contents::Whole => segment.spots_after(self.applied),
+        };
+        let spots = match spots {
             Ok(spots) => spots,
-            Err(ReadError::Damaged(range)) => return Ok(Some(range)),
+            Err(ReadError::Damaged(_)) => return self.pass_over(segment, apply),
             Err(error) => return Err(LogError::from(error).into()),
         };
+        let mut entry = Vec::new();
+        let mut end = ENTRIES_START;
         for spot in spots {
-            if let Some(range) = self.gap_to(spot.index) {
+            let between = spot.position().saturating_sub(end);
+            if let Some(range) = self.gap_to(spot.index, between, apply)? {
                 return Ok(Some(range));
             }
+            end = spot.position() + spot.bytes() as u64;
             match segment.read_entry(spot, &mut entry) {
                 Ok(header) if header.kind == EntryKind::Normal => {
-                    let records = Records::new(&header, &entry);
                     let replayed = ReplayEntry {
                         index: header.index,
                         epoch: header.epoch,
-                        records,
+                        records: Records::new(&header, &entry),
                     };
-                    let mut rows = RowSink {
-                        tables: &self.tables,
-                    };
-                    apply(replayed, &mut rows).map_err(ReplayError::Apply)?;
+                    self.hand(Replayed::Entry(replayed), apply)?;
                 }
                 Ok(_) => {}
-                Err(ReadError::Damaged(_)) if self.manifest.state().is_skipped(spot.index) => {}
+                Err(ReadError::Damaged(_)) if self.manifest.state().is_skipped(spot.index) => {
+                    let lost = lost_entry(segment, spot)?;
+                    self.hand(Replayed::Lost(lost), apply)?;
+                }
                 Err(ReadError::Damaged(range)) => return Ok(Some(range)),
                 Err(error) => return Err(LogError::from(error).into()),
             }
             self.applied = spot.index;
         }
-        Ok(self.gap_to(segment.last().next()))
+        let behind = self.file_bytes(segment).saturating_sub(end);
+        self.gap_to(segment.last().next(), behind, apply)
     }
 
-    /// Steps over skipped entries before `next`; the range that is missing, if one is.
-    fn gap_to(&mut self, next: LogIndex) -> Option<IndexRange> {
-        while self.applied.next() < next {
-            let missing = self.applied.next();
-            let Some(skipped) = self.manifest.state().skip_at(missing) else {
-                return Some(IndexRange {
-                    first: missing,
-                    last: next.previous(),
-                });
-            };
-            self.applied = skipped.last.min(next.previous());
-        }
-        None
+    fn hand<E>(
+        &self,
+        replayed: Replayed<'_>,
+        apply: &mut impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+    ) -> Result<(), ReplayError<E>> {
+        let mut rows = RowSink {
+            tables: &self.tables,
+        };
+        apply(replayed, &mut rows).map_err(ReplayError::Apply)
     }
+
+    /// A segment whose entries cannot be found, or not all of them: lost, if that was accepted.
+    fn pass_over<E>(
+        &mut self,
+        segment: &Segment<S::File>,
+        apply: &mut impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+    ) -> Result<Option<IndexRange>, ReplayError<E>> {
+        let range = IndexRange {
+            first: segment.first.max(self.applied.next()),
+            last: segment.last(),
+        };
+        let state = self.manifest.state();
+        if !(state.is_skipped(range.first) && state.is_skipped(range.last)) {
+            return Ok(Some(range));
+        }
+        let lost = LostEntries {
+            range,
+            rows: segment.rows_of_entries(range).map_err(LogError::from)?,
+            bytes_max: self.file_bytes(segment),
+        };
+        self.hand(Replayed::Lost(lost), apply)?;
+        self.applied = range.last;
+        Ok(None)
+    }
+
+    /// At least the bytes that the segment's entries had.
+    fn file_bytes(&self, segment: &Segment<S::File>) -> u64 {
+        let named = self.manifest.state().segments.get(&segment.id);
+        match named.map(|named| named.end) {
+            Some(SegmentEnd::Open { file_bytes } | SegmentEnd::Sealed { file_bytes, .. }) => {
+                file_bytes
+            }
+            Some(SegmentEnd::Cut(cut)) => cut.entries_end,
+            None => self.options.segment_bytes,
+        }
+    }
+
+    /// Steps over skipped entries before `next`, which had at most so many bytes; the range that is missing,
+    /// if one is.
+    fn gap_to<E>(
+        &mut self,
+        next: LogIndex,
+        bytes_max: u64,
+        apply: &mut impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
+    ) -> Result<Option<IndexRange>, ReplayError<E>> {
+        while self.applied.next() < next {
+            let first = self.applied.next();
+            let Some(skipped) = self.manifest.state().skip_at(first) else {
+                let last = next.previous();
+                return Ok(Some(IndexRange { first, last }));
+            };
+            let last = skipped.last.min(next.previous());
+            let lost = LostEntries {
+                range: IndexRange { first, last },
+                rows: None,
+                bytes_max,
+            };
+            self.hand(Replayed::Lost(lost), apply)?;
+            self.applied = last;
+        }
+        Ok(None)
+    }
+}
+
+fn lost_entry<F: StorageFile>(segment: &Segment<F>, spot: Spot) -> Result<LostEntries, LogError> {
+    let range = IndexRange {
+        first: spot.index,
+        last: spot.index,
+    };
+    Ok(LostEntries {
+        range,
+        rows: segment.rows_of_entries(range)?,
+        bytes_max: spot.bytes() as u64,
+    })
 }

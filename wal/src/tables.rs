@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
-use crate::directory::{Directory, OpenTable, Spot, TopicSpan, Unreadable};
+use crate::directory::{Directory, OpenTable, Row, Spot, TopicSpan, Unreadable};
 use crate::entry::{EntryHeader, LogIndex, check_payload};
 use crate::error::{IndexRange, ReadError};
 use crate::retire::{Held, Pin};
@@ -133,6 +133,23 @@ impl<F: StorageFile> Segment<F> {
         };
         spots.retain(|spot| spot.index > after);
         Ok(spots)
+    }
+
+    /// What these entries appended; none if only they themselves could tell.
+    pub fn rows_of_entries(&self, range: IndexRange) -> Result<Option<Vec<Row>>, ReadError> {
+        let Body::Sealed(sealed) = &self.body else {
+            return Ok(None);
+        };
+        let mut directory = sealed.directory();
+        let all = (0..sealed.footer.rows).map(|nth| directory.nth_row(nth));
+        match all.collect::<Result<Vec<_>, _>>() {
+            Ok(mut rows) => {
+                rows.retain(|row| range.contains(row.place.index));
+                Ok(Some(rows))
+            }
+            Err(Unreadable::Damaged) => Ok(None),
+            Err(error) => Err(self.unreadable(error)),
+        }
     }
 
     /// Reads a whole entry into `buf` and checks all of it.

@@ -51,6 +51,8 @@ pub enum Wrong {
     Segment(SegmentDefect),
     #[error("entries {0} are damaged")]
     Entries(IndexRange),
+    #[error("entries {0} were removed once snapshots covered them, and none of those can be read")]
+    Uncovered(IndexRange),
     #[error("{bytes} torn bytes behind the last vouched entry, at byte {position}")]
     Torn { position: u64, bytes: u64 },
     #[error("copy {copy} of the directory has {blocks} bad blocks")]
@@ -320,6 +322,17 @@ impl<F: StorageFile> Inspected<F> {
                 harm: self.harm(lost.range),
             });
         }
+        for range in self.uncovered() {
+            let newest = state.snapshots.last();
+            let file = newest.and_then(|snapshot| snapshot.files.last());
+            report.findings.push(Finding {
+                file: file
+                    .cloned()
+                    .unwrap_or_else(|| crate::manifest::NAME.into()),
+                what: Wrong::Uncovered(range),
+                harm: Harm::State,
+            });
+        }
         for torn in &self.report.torn {
             report.findings.push(Finding {
                 file: file_of(torn.segment),
@@ -396,8 +409,37 @@ impl<F: StorageFile> Inspected<F> {
                 ControlFlow::Continue(())
             })?;
         }
+        lost.extend(self.uncovered());
+        lost.sort();
         lost.retain(|range| !(state.is_skipped(range.first) && state.is_skipped(range.last)));
         Ok(lost)
+    }
+
+    /// Entries above the snapshot that are not in the log any more, or not whole: nothing can fold them.
+    fn uncovered(&self) -> Vec<IndexRange> {
+        let mut uncovered = Vec::new();
+        let mut next = self.replay_from.next();
+        for segment in self.judged.tables.iter() {
+            let range = IndexRange {
+                first: segment.first.max(next),
+                last: segment.last(),
+            };
+            if next < range.first {
+                uncovered.push(IndexRange {
+                    first: next,
+                    last: range.first.previous(),
+                });
+            }
+            if segment.contents == Contents::Sparse && range.first <= range.last {
+                uncovered.push(range);
+            }
+            // What an open segment has lost at its end is among its gaps.
+            let gaps = self.gaps(segment).into_iter().map(|gap| gap.last);
+            next = gaps.fold(next.max(range.last.next()), |next, last| {
+                next.max(last.next())
+            });
+        }
+        uncovered
     }
 
     /// The entries of an open segment that are not where they should be.

@@ -240,6 +240,11 @@ pub fn of_counters(counters: &Counters) -> Vec<Sample> {
             "Publishes refused because of a gap",
             counters.sequence_gaps,
         ),
+        c(
+            "lost",
+            "Messages in damaged entries whose loss was accepted, of what was replayed",
+            counters.lost,
+        ),
         c("delivered", "Hand-outs", counters.delivered),
         c(
             "released",

@@ -23,7 +23,7 @@ mod view;
 
 use std::collections::BTreeMap;
 
-use millpond_protocol::{LogIndex, SessionId, Stamp, SubscriptionId};
+use millpond_protocol::{LogIndex, ProducerKey, SessionId, Stamp, SubscriptionId, TopicId};
 use millpond_queue::{Effect, Place, Proposal, Queue, Record, publish_header};
 use millpond_wal::storage::Storage;
 use millpond_wal::{Group, Log, LogError};
@@ -120,6 +120,8 @@ pub struct Shard<S: Storage, C: Clock> {
     stamper: Stamper<C>,
     group: Group,
     pending: Vec<Pending>,
+    /// Whose state the open group's mark is to tell; none if it needs no mark.
+    touched: Option<Vec<(TopicId, ProducerKey)>>,
     /// Publishes that were refused while a group was open; answered behind it.
     refused: Vec<input::Refused>,
     /// Somebody waits for the open group.
@@ -180,6 +182,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         if self.pending.is_empty() {
             return Ok(());
         }
+        self.put_mark();
         let group = std::mem::replace(&mut self.group, self.log.new_group());
         let (records, bytes) = (group.records(), group.bytes());
         let before = self.stamper.clock().boottime_us();
@@ -222,6 +225,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         if self.held_until_us.is_some_and(|until| now < until) {
             return Ok(());
         }
+        self.put_mark();
         match self.log.make_room_for(&self.group) {
             Err(LogError::DiskFull) => {
                 if self.held_until_us.replace(now + HELD_RETRY_US).is_none() {
@@ -423,6 +427,47 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
         self.pending.push(Pending {
             origin,
+            kind,
+            stamp,
+        });
+        self.touch(record);
+    }
+
+    fn touch(&mut self, record: &Record<'_>) {
+        match record {
+            Record::Publish {
+                topic, producer, ..
+            } => {
+                let touched = self.touched.get_or_insert_default();
+                if touched.last() != Some(&(*topic, *producer)) {
+                    touched.push((*topic, *producer));
+                }
+            }
+            Record::TopicCreate { .. }
+            | Record::SubscriptionCreate { .. }
+            | Record::OpenProducer { .. } => {
+                self.touched.get_or_insert_default();
+            }
+            _ => {}
+        }
+    }
+
+    /// Lets the open group tell what the state is before it: should entries be lost, what follows them shows
+    /// what they had done.
+    fn put_mark(&mut self) {
+        let Some(touched) = self.touched.take() else {
+            return;
+        };
+        let mut mark = std::mem::take(&mut self.scratch);
+        mark.clear();
+        let record = self.queue.mark(&touched);
+        let kind = record.kind();
+        record.encode(&mut mark);
+        let stamp = self.stamper.next();
+        self.group.push(stamp.0, kind, &[&mark]);
+        self.scratch = mark;
+        self.pending.push(Pending {
+            origin: Origin::Own,
             kind,
             stamp,
         });

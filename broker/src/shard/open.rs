@@ -1,12 +1,14 @@
 //! Opening a shard: the log recovers, the queue is restored from the snapshot and folds what came
 //! after it, and a `Start` record begins the new incarnation.
 
-use millpond_protocol::Stamp;
-use millpond_queue::{Effect, Queue, Record, RecordError};
+use millpond_protocol::message::FIXED_BYTES as MESSAGE_FIXED_BYTES;
+use millpond_protocol::{LogIndex, Offset, Stamp, TopicId};
+use millpond_queue::{Effect, Loss, LostRun, Queue, Record, RecordError, kind};
 use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
-    Log, LogError, OpenError, Options, RecoveryReport, ReplayEnd, ReplayError, ReplayRecord, Row,
+    Log, LogError, LostEntries, OpenError, Options, RecoveryReport, ReplayEnd, ReplayError,
+    ReplayRecord, Replayed, Row,
 };
 
 use super::answer::{Origin, row_of};
@@ -75,6 +77,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let mut fold = Fold {
             last: queue.last_stamp(),
             queue,
+            gap: millpond_wal::LogIndex::NONE,
             records: 0,
             bytes: 0,
             effects: Vec::new(),
@@ -118,6 +121,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             queue,
             stamper,
             pending: Vec::new(),
+            touched: None,
             refused: Vec::new(),
             awaited: false,
             idle_since_us: 0,
@@ -134,6 +138,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         if !shard.gates.read_only {
             let recovery_epoch = shard.log.recovery_epoch();
             shard.push(&Record::Start { recovery_epoch }, Origin::Own);
+            for loss in shard.queue.open_losses() {
+                shard.push(&loss, Origin::Own);
+            }
             shard.commit(&mut super::Outbox::default())?;
         }
         Ok(shard)
@@ -142,6 +149,8 @@ impl<S: Storage, C: Clock> Shard<S, C> {
 
 struct Fold {
     queue: Queue,
+    /// The first entry of the last gap that was passed.
+    gap: millpond_wal::LogIndex,
     last: Stamp,
     records: u64,
     bytes: u64,
@@ -150,7 +159,20 @@ struct Fold {
 
 impl Fold {
     fn replay<S: Storage>(&mut self, log: &mut Log<S>) -> Result<ReplayEnd, OpenShardError> {
-        let end = log.replay(|entry, rows| {
+        let end = log.replay(|step, rows| {
+            let entry = match step {
+                Replayed::Entry(entry) => entry,
+                Replayed::Lost(lost) => {
+                    self.lose(lost);
+                    return Ok(());
+                }
+            };
+            if self.queue.is_mending() {
+                for record in entry.records().filter(|record| record.kind == kind::Mark) {
+                    let lost = self.mend(&record)?;
+                    lost.into_iter().for_each(|row| rows.add(row));
+                }
+            }
             for record in entry.records() {
                 self.fold(&record)?
                     .into_iter()
@@ -163,6 +185,48 @@ impl Fold {
             ReplayError::Start(error) => OpenShardError::Log(error),
             ReplayError::Apply(error) => OpenShardError::Record(error),
         })
+    }
+
+    fn lose(&mut self, lost: LostEntries) {
+        self.gap = lost.range.first;
+        let run = |row: Row| LostRun {
+            topic: TopicId(row.topic),
+            first: Offset(row.base),
+            end: Offset(row.end()),
+        };
+        let loss = Loss {
+            from: LogIndex(lost.range.first.0),
+            to: LogIndex(lost.range.last.0),
+            appended: lost.rows.map(|rows| rows.into_iter().map(run).collect()),
+            messages_max: lost.bytes_max / MESSAGE_FIXED_BYTES as u64,
+        };
+        tracing::warn!(entries = %lost.range, "entries of the log are lost, as was accepted");
+        self.queue.give_up(&loss);
+    }
+
+    /// The lost offsets, as rows that lead to a lost entry: who asks for one is told that it is damaged.
+    fn mend(&mut self, record: &ReplayRecord<'_>) -> Result<Vec<Row>, RecordError> {
+        let Record::Mark(mark) = Record::decode(record.kind, record.body)? else {
+            return Ok(Vec::new());
+        };
+        let place = millpond_wal::Place {
+            index: self.gap,
+            record: 0,
+        };
+        let row = |run: LostRun| {
+            let (topic, base) = (run.topic.0, run.first.0);
+            tracing::warn!(topic, first = base, end = run.end.0, "messages are lost");
+            Row {
+                topic,
+                base,
+                count: u32::try_from(run.end.0 - base).unwrap_or(u32::MAX),
+                skip: 0,
+                place,
+                stamp: self.last.0,
+            }
+        };
+        let lost = self.queue.mend(Stamp(record.stamp), &mark);
+        Ok(lost.into_iter().map(row).collect())
     }
 
     /// Applies one record; nobody is there to be told of its outcome.

@@ -101,6 +101,34 @@ fn the_bytes_of_cold_records_are_fixed_for_ever() {
         config: TopicConfig::default(),
     };
     assert_eq!(bytes_of(&create), [1, b'a', 0, 0, 0, 0, 0]);
+    let mark = Record::Mark(Mark {
+        next_topic: 2,
+        next_subscription: 3,
+        next_producer: 4,
+        topics: vec![TopicMark {
+            topic: TopicId(1),
+            name: "a",
+            first: Offset(5),
+            next: Offset(300),
+            bytes: 6,
+        }],
+        producers: vec![ProducerMark {
+            producer: ProducerKey(7),
+            topic: TopicId(1),
+            name: Some("b"),
+            epoch: Epoch(8),
+            last: Sequence(9),
+        }],
+    });
+    let mut golden = vec![2, 3, 4, 1, 1, 1, b'a', 5, 0xac, 2, 6];
+    golden.extend([1, 7, 1, 1, 1, b'b', 8, 9]);
+    assert_eq!(bytes_of(&mark), golden);
+    let skip = Record::Skip {
+        from: LogIndex(1),
+        to: LogIndex(2),
+        messages_max: 3,
+    };
+    assert_eq!(bytes_of(&skip), [1, 2, 3]);
     let expire = Record::Expire(Expired::TopicTtl {
         topic: TopicId(1),
         below: Offset(300),
@@ -116,7 +144,7 @@ fn the_bytes_of_cold_records_are_fixed_for_ever() {
         story: Some(Story::default()),
     };
     assert_eq!(bytes_of(&end), [1, 0, 1, 2, 1, 1, 0, 0]);
-    for record in [create, expire, end] {
+    for record in [create, mark, skip, expire, end] {
         let bytes = bytes_of(&record);
         assert_eq!(Record::decode(record.kind(), &bytes), Ok(record));
     }

@@ -138,7 +138,7 @@ impl Model {
                     self.tokens.remove(*name);
                 }
             }
-            Record::Skip { .. } => {}
+            Record::Skip { .. } | Record::Mark(_) => {}
             Record::Expire(Expired::Producers { producers }) => {
                 for key in producers {
                     let known = self.producers.get(key);

@@ -238,9 +238,9 @@ impl<F: StorageFile> Judged<F> {
     ) {
         for range in gaps(&scan.spots, entry.first, bounds.last) {
             let skipped = state.is_skipped(range.first) && state.is_skipped(range.last);
+            self.tables.mark_damaged(range);
             if !skipped {
                 report.damaged.push(EntryDamage { segment: id, range });
-                self.tables.mark_damaged(range);
                 self.note_damage(range, LogIndex::NONE, state);
             }
         }

@@ -324,13 +324,13 @@ fn what_a_newer_version_wrote_is_refused_before_a_byte_is_written() {
 
 #[test]
 fn an_error_of_apply_leaves_the_folder_as_it_was() {
-    use millpond_wal::ReplayError;
+    use millpond_wal::{ReplayError, Replayed};
     let (storage, segment) = died_with(5);
     storage.corrupt(&segment, at(5) + 500, 8).unwrap();
     let before = contents(&storage);
     let mut opened = Log::open(storage.clone(), options()).unwrap();
-    let failed = opened.log.replay(|entry, _| match entry.index {
-        LogIndex(3) => Err("no"),
+    let failed = opened.log.replay(|step, _| match step {
+        Replayed::Entry(entry) if entry.index == LogIndex(3) => Err("no"),
         _ => Ok(()),
     });
     assert!(matches!(failed, Err(ReplayError::Apply("no"))));

@@ -56,7 +56,10 @@ pub fn reopen<S: Storage>(storage: &S) -> Result<(Opened<S>, Replayed, ReplayEnd
     let mut replayed = Replayed::new();
     let end = opened
         .log
-        .replay(|entry, rows| {
+        .replay(|step, rows| {
+            let millpond_wal::Replayed::Entry(entry) = step else {
+                return Ok(());
+            };
             for record in entry.records() {
                 replayed.insert(record.place, record.body.to_vec());
                 rows.add(row(record.place, record.stamp, record.stamp));

@@ -3,6 +3,7 @@
 
 pub mod dead_letter;
 pub mod dedup;
+pub mod delays;
 pub mod dirty;
 mod invariants;
 pub mod lease;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use millpond_protocol::{Offset, Stamp, SubscriptionId, TopicConfig, TopicId};
 
 use crate::state::dead_letter::Letter;
+use crate::state::delays::Delays;
 use crate::state::dirty::{self, Dirty};
 use crate::state::offset_set::OffsetSet;
 
@@ -245,71 +246,5 @@ impl Index {
         while self.rows.get(1).is_some_and(|row| row.first <= offset) {
             self.rows.pop_front();
         }
-    }
-}
-
-/// Messages that are not due yet: one entry per topic, whatever the number of subscriptions.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Delays {
-    due: BTreeSet<(Stamp, u64)>,
-    at: BTreeMap<u64, Stamp>,
-}
-
-impl Delays {
-    pub fn insert(&mut self, offset: u64, due: Stamp) {
-        self.due.insert((due, offset));
-        self.at.insert(offset, due);
-    }
-
-    pub fn remove(&mut self, offset: u64) -> Option<Stamp> {
-        let due = self.at.remove(&offset)?;
-        self.due.remove(&(due, offset));
-        Some(due)
-    }
-
-    pub fn contains(&self, offset: u64) -> bool {
-        self.at.contains_key(&offset)
-    }
-
-    pub fn get(&self, offset: u64) -> Option<Stamp> {
-        self.at.get(&offset).copied()
-    }
-
-    /// The first delayed offset in `first..end`.
-    pub fn next_in(&self, first: u64, end: u64) -> Option<u64> {
-        self.at.range(first..end).next().map(|(at, _)| *at)
-    }
-
-    pub fn head(&self) -> Option<Stamp> {
-        self.due.first().map(|(due, _)| *due)
-    }
-
-    /// Those that are due by `now`, by (due, offset).
-    pub fn ready(&self, now: Stamp) -> impl Iterator<Item = (Stamp, u64)> {
-        self.due.range(..=(now, u64::MAX)).copied()
-    }
-
-    /// The earliest due time after `now`.
-    pub fn next_due(&self, now: Stamp) -> Option<Stamp> {
-        let next = self.due.range((now.next(), 0)..).next();
-        next.map(|(due, _)| *due)
-    }
-
-    pub fn len(&self) -> u64 {
-        self.at.len() as u64
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (u64, Stamp)> {
-        self.at.iter().map(|(offset, due)| (*offset, *due))
-    }
-
-    pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, Stamp)> {
-        self.at
-            .range(first..end)
-            .map(|(offset, due)| (*offset, *due))
-    }
-
-    pub fn memory_bytes(&self) -> u64 {
-        self.len() * 56
     }
 }

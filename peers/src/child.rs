@@ -22,6 +22,7 @@ impl Child {
         let log = File::create(dir.join("output.log"))?;
         let name = command.as_std().get_program().display().to_string();
         let mut process = command
+            .current_dir(dir)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

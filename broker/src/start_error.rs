@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use millpond_queue::RestoreError;
+use millpond_queue::{RecordError, RestoreError};
 use millpond_wal::storage::FolderError;
 use millpond_wal::{LogError, OpenError, ReadError};
 
@@ -56,22 +56,27 @@ pub enum StartError {
     },
 
     #[error(
-        "the data folder {} was written by a newer Millpond (format {found}, this one reads up \
+        "the data folder {} was written by a newer Millpond ({file} has format {found}, this one reads up \
          to {known}); start that version or choose another folder with --data",
         path.display()
     )]
     NewerVersion {
         path: PathBuf,
+        file: String,
         found: u32,
         known: u32,
     },
 
     #[error(
-        "the data folder {} holds a record of a newer Millpond; start that version or choose another \
-         folder with --data",
+        "the data folder {} was written by a newer Millpond (entry {entry} of its log: {record}); start that \
+         version or choose another folder with --data",
         path.display()
     )]
-    NewerRecord { path: PathBuf },
+    NewerRecord {
+        path: PathBuf,
+        entry: u64,
+        record: RecordError,
+    },
 
     #[error("cannot use the certificate or key {}: {problem}", path.display())]
     Certificate { path: PathBuf, problem: String },
@@ -149,17 +154,24 @@ impl StartError {
             OpenShardError::Start(Fatal::Log(LogError::Disk { what, file, source })) => {
                 Self::io(what, &data.join(file), source)
             }
-            OpenShardError::Replay(LogError::Read(ReadError::NewerFormat { found })) => {
-                Self::log(data, OpenError::NewerFormat { found, known: 1 })
+            OpenShardError::Replay(LogError::Read(ReadError::NewerFormat { file, found })) => {
+                let known = millpond_wal::FORMAT;
+                Self::log(data, OpenError::NewerFormat { file, found, known })
             }
-            OpenShardError::Restore(RestoreError::Format(found)) => Self::NewerVersion {
+            OpenShardError::Restore {
+                file,
+                error: RestoreError::Format(found),
+            } => Self::NewerVersion {
                 path: data.to_path_buf(),
+                file,
                 found,
                 known: millpond_queue::SNAPSHOT_FORMAT,
             },
             // Its checksum is right: whoever wrote it knows more.
-            OpenShardError::Record(_) => Self::NewerRecord {
+            OpenShardError::Record { entry, error } => Self::NewerRecord {
                 path: data.to_path_buf(),
+                entry,
+                record: error,
             },
             damage => Self::Damaged {
                 path: data.to_path_buf(),
@@ -173,8 +185,9 @@ impl StartError {
     pub fn log(data: &Path, error: OpenError) -> Self {
         let path = data.to_path_buf();
         match error {
-            OpenError::NewerFormat { found, known } => Self::NewerVersion {
+            OpenError::NewerFormat { file, found, known } => Self::NewerVersion {
                 path,
+                file,
                 found: found.into(),
                 known: known.into(),
             },
@@ -267,7 +280,14 @@ mod tests {
     #[test]
     fn damage_a_newer_format_and_a_held_folder_are_told_apart() {
         let data = Path::new("/d");
-        let newer = StartError::log(data, OpenError::NewerFormat { found: 9, known: 1 });
+        let newer = StartError::log(
+            data,
+            OpenError::NewerFormat {
+                file: "manifest".into(),
+                found: 9,
+                known: 1,
+            },
+        );
         assert!(
             matches!(newer, StartError::NewerVersion { found: 9, .. }),
             "{newer}"

@@ -123,6 +123,7 @@ impl Failure {
             Self::NoCa(_) => json!("connect"),
             Self::Policy(_) | Self::StreamMode => json!("usage"),
             Self::Damage { .. } => json!("corrupt"),
+            Self::Log(error) if error.is_damage() => json!("corrupt"),
             Self::Stopped(_) => json!("interrupted"),
             Self::Message(_) | Self::LineTooLong { .. } | Self::NoSuchLetter(_) => {
                 json!(ErrorClass::RequestFatal)

@@ -11,7 +11,7 @@ use millpond_wal::{Finding, Harm, IndexRange, Options, VerifyReport, Wrong};
 use serde_json::{Value, json};
 
 use crate::failure::Failure;
-use crate::output::{self, Column, Format};
+use crate::output::{self, Format};
 
 #[derive(Debug, Subcommand)]
 pub enum LogCommand {
@@ -113,7 +113,10 @@ fn finding_json(finding: &Finding) -> Value {
     json!({
         "file": finding.file,
         "what": finding.what.to_string(),
+        "first_byte": finding.bytes.as_ref().map(|bytes| bytes.start),
+        "end_byte": finding.bytes.as_ref().map(|bytes| bytes.end),
         "harm": harm_name(finding.harm),
+        "advice": harm_sentence(finding.harm),
         "damage": is_damage(finding),
     })
 }
@@ -133,19 +136,20 @@ fn tell(report: &VerifyReport) -> Result<(), Failure> {
         ),
     ])?;
     output::line("")?;
-    let columns = [
-        Column::Left("FILE"),
-        Column::Left("WHAT"),
-        Column::Left("HARM"),
-    ];
-    let row = |finding: &Finding| {
-        vec![
-            finding.file.clone(),
-            finding.what.to_string(),
-            harm_sentence(finding.harm).to_owned(),
-        ]
-    };
-    output::table(&columns, report.findings.iter().map(row), "all is well")
+    if report.findings.is_empty() {
+        return output::line("all is well");
+    }
+    report.findings.iter().try_for_each(|found| {
+        let harm = harm_sentence(found.harm);
+        output::line(format!("{}: {}: {harm}", found.file, what(found)))
+    })
+}
+
+fn what(finding: &Finding) -> String {
+    match &finding.bytes {
+        Some(bytes) => format!("{} (bytes {} to {})", finding.what, bytes.start, bytes.end),
+        None => finding.what.to_string(),
+    }
 }
 
 const fn harm_name(harm: Harm) -> &'static str {
@@ -158,9 +162,11 @@ const fn harm_name(harm: Harm) -> &'static str {
 
 const fn harm_sentence(harm: Harm) -> &'static str {
     match harm {
-        Harm::None => "none: a second copy or the next start makes up for it",
+        Harm::None => "no harm, a second copy or the next start makes up for it",
         Harm::Bodies => "messages are lost; the broker serves all others",
-        Harm::State => "the broker takes no writes until the loss is accepted",
+        Harm::State => {
+            "the broker takes no writes: restore a backup, or accept the loss with `millpond log salvage`"
+        }
     }
 }
 
@@ -176,7 +182,7 @@ fn preview(dir: &Path, format: Format) -> Result<(), Failure> {
         Format::Human if losses.is_empty() => output::line("nothing has to be salvaged")?,
         Format::Human => {
             for loss in &losses {
-                output::line(format!("{}: {}", loss.file, loss.what))?;
+                output::line(format!("{}: {}", loss.file, what(loss)))?;
             }
             output::line(format!(
                 "to go on without them: millpond log salvage {} --accept-loss",

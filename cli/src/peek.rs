@@ -53,6 +53,9 @@ fn to_json(message: &PeekedMessage) -> Value {
     let published_at = moment::rfc3339(message.published_at);
     object.insert("published_at".to_owned(), json!(published_at));
     text::put_message(&mut object, &message.message);
+    if MessageView::split(&message.message).is_err() {
+        object.insert("damaged".to_owned(), json!(true));
+    }
     Value::Object(object)
 }
 

@@ -47,9 +47,13 @@ pub enum OpenError {
     )]
     ManifestBehind { file: String },
     #[error(
-        "the data folder was written by a newer millpond (format {found}, this one knows {known}); start that version"
+        "{file} was written by a newer millpond (format {found}, this one knows {known}); start that version"
     )]
-    NewerFormat { found: u16, known: u16 },
+    NewerFormat {
+        file: String,
+        found: u16,
+        known: u16,
+    },
     #[error("the data folder is read-only; make it writable for this user")]
     ReadOnlyFolder(#[source] io::Error),
     #[error("the disk is full, and no room was left to start; free at least {needed_bytes} bytes")]
@@ -139,8 +143,8 @@ pub enum ReadError {
     Damaged(IndexRange),
     #[error("entry {0} is not in the log")]
     NotFound(LogIndex),
-    #[error("the entry was written by a newer millpond (format {found}); start that version")]
-    NewerFormat { found: u16 },
+    #[error("{file} was written by a newer millpond (format {found}); start that version")]
+    NewerFormat { file: String, found: u16 },
     #[error("the record has {bytes} bytes, more than were asked for")]
     TooLarge { bytes: usize },
     #[error("cannot read {file}")]

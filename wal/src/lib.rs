@@ -50,7 +50,9 @@ pub use log::{Appended, ENDED_MAX, Log, RowSink};
 pub use options::Options;
 pub use reader::LogReader;
 pub use record::{Group, Record, RecordBytes, Records};
-pub use recover::{EntryDamage, Opened, RecoveryReport, SegmentDamage, TornManifest, TornTail};
+pub use recover::{
+    EntryDamage, FORMAT, Opened, RecoveryReport, SegmentDamage, TornManifest, TornTail,
+};
 pub use replay::{LostEntries, ReplayEnd, ReplayEntry, ReplayError, ReplayRecord, Replayed};
 pub use seal::{SealDone, SealJob};
 pub use segment::{Contents, SegmentDefect, SegmentId};

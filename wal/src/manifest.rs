@@ -537,6 +537,7 @@ fn decode(bytes: &[u8]) -> Result<Option<DecodedRecord>, OpenError> {
         return Ok(None);
     }
     let newer = |found| OpenError::NewerFormat {
+        file: NAME.to_owned(),
         found,
         known: VERSION,
     };

@@ -210,7 +210,7 @@ pub(crate) fn choose_snapshot<S: Storage>(
                     return Ok(Some(snapshot));
                 }
             }
-            Err(SnapshotError::NewerFormat { found, .. }) => return Err(newer(found)),
+            Err(SnapshotError::NewerFormat { file, found, .. }) => return Err(newer(file, found)),
             // A disk that fails now may not fail the next time; what is lost is lost for good.
             Err(SnapshotError::Io { file, source, .. }) if !is_missing(&source) => {
                 return Err(io_error("read", &file, source));
@@ -247,8 +247,9 @@ fn older_snapshot<S: Storage>(
     Snapshot::open(storage.clone(), state.store, named.number).ok()
 }
 
-fn newer(found: u16) -> OpenError {
+fn newer(file: String, found: u16) -> OpenError {
     OpenError::NewerFormat {
+        file,
         found,
         known: FORMAT,
     }
@@ -276,4 +277,4 @@ fn io_error(what: &'static str, file: &str, source: io::Error) -> OpenError {
 
 const COPY_BYTES: usize = 1 << 20;
 /// The format of segments, entries and snapshots that this version reads and writes.
-const FORMAT: u16 = 1;
+pub const FORMAT: u16 = 1;

@@ -30,6 +30,7 @@ mod layout;
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -109,15 +110,7 @@ impl<S: Storage> Snapshot<S> {
             source,
         };
         let file = storage.open_read(&name).map_err(io)?;
-        let header = read_header(&file, &name, number).map_err(|e| e.or(io))?;
-        if header.store != store {
-            return Err(SnapshotError::ForeignStore { file: name });
-        }
-        let table = read_table(&file, &header).map_err(io)?;
-        let table = table.ok_or_else(|| SnapshotError::Damaged {
-            file: name.clone(),
-            what: Damage::Tables,
-        })?;
+        let (_, table) = read_whole(&file, &name, store, number)?;
         Ok(Snapshot {
             storage,
             table: Arc::new(table),
@@ -153,13 +146,12 @@ impl<S: Storage> Snapshot<S> {
     }
 }
 
-/// What is wrong with one file of a snapshot, whether or not something makes up for it.
+/// What is wrong with one file of a snapshot, whether or not something makes up for it, and in which bytes.
 pub(crate) fn flaws<S: Storage>(
     storage: &S,
     store: [u8; 16],
     number: u64,
-) -> Result<Vec<Flaw>, SnapshotError> {
-    let snapshot = Snapshot::open(storage.clone(), store, number)?;
+) -> Result<Vec<(Flaw, Range<u64>)>, SnapshotError> {
     let name = file_name(number);
     let io = |source| SnapshotError::Io {
         what: "read",
@@ -167,44 +159,46 @@ pub(crate) fn flaws<S: Storage>(
         source,
     };
     let file = storage.open_read(&name).map_err(io)?;
-    let header = read_header(&file, &name, number).map_err(|e| e.or(io))?;
+    let (header, table) = read_whole(&file, &name, store, number)?;
     let mut flaws = Vec::new();
+    let block_bytes = BLOCK_BYTES as u64;
     let table_bytes = table_blocks(header.files, header.chunks);
     let table_at = |copy| header.table_offset + copy * table_bytes;
-    if file.len().map_err(io)? < table_at(2) + BLOCK_BYTES as u64 {
-        flaws.push(Flaw::Short);
+    let (len, expected) = (file.len().map_err(io)?, table_at(2) + block_bytes);
+    if len < expected {
+        flaws.push((Flaw::Short, len..expected));
     }
     for (copy, at) in [(0, 0), (1, table_at(2))] {
         let mut block = vec![0; BLOCK_BYTES];
         file.read_at(at, &mut block).map_err(io)?;
         if Header::decode(&block) != Ok(Some(header)) {
-            flaws.push(Flaw::HeaderCopy(copy));
+            flaws.push((Flaw::HeaderCopy(copy), at..at + block_bytes));
         }
     }
     for copy in 0..2 {
         let mut raw = vec![0; usize::try_from(table_bytes).unwrap_or(0)];
         file.read_at(table_at(copy), &mut raw).map_err(io)?;
         if decode_table(&header, &raw).is_none() {
-            flaws.push(Flaw::TableCopy(copy));
+            flaws.push((Flaw::TableCopy(copy), table_at(copy)..table_at(copy + 1)));
         }
     }
     let mut reader = ChunkReader::new(storage);
-    let own = snapshot
-        .table
+    let own = table
         .chunks
         .iter()
         .filter(|(_, place)| place.file == number);
     for (&id, place) in own {
         if reader.read(id, place).is_err() {
-            flaws.push(Flaw::Chunk(id));
+            let bytes = place.offset..place.offset + u64::from(place.bytes);
+            flaws.push((Flaw::Chunk(id), bytes));
         }
     }
-    let padding_at = BLOCK_BYTES as u64 + header.chunk_bytes;
+    let padding_at = block_bytes + header.chunk_bytes;
     let padding = header.table_offset.saturating_sub(padding_at);
     let mut raw = vec![0; usize::try_from(padding).unwrap_or(0)];
     file.read_at(padding_at, &mut raw).map_err(io)?;
     if raw.iter().any(|&byte| byte != 0) {
-        flaws.push(Flaw::Padding);
+        flaws.push((Flaw::Padding, padding_at..header.table_offset));
     }
     Ok(flaws)
 }
@@ -324,6 +318,31 @@ impl HeaderError {
             HeaderError::Io(e) => io(e),
         }
     }
+}
+
+/// Header and table, each from whichever copy is good.
+fn read_whole(
+    file: &impl StorageFile,
+    name: &str,
+    store: [u8; 16],
+    number: u64,
+) -> Result<(Header, Table), SnapshotError> {
+    let io = |source| SnapshotError::Io {
+        what: "read",
+        file: name.to_owned(),
+        source,
+    };
+    let header = read_header(file, name, number).map_err(|e| e.or(io))?;
+    if header.store != store {
+        let file = name.to_owned();
+        return Err(SnapshotError::ForeignStore { file });
+    }
+    let table = read_table(file, &header).map_err(io)?;
+    let table = table.ok_or_else(|| SnapshotError::Damaged {
+        file: name.to_owned(),
+        what: Damage::Tables,
+    })?;
+    Ok((header, table))
 }
 
 fn read_header(file: &impl StorageFile, name: &str, number: u64) -> Result<Header, HeaderError> {

@@ -168,7 +168,11 @@ impl<F: StorageFile> Segment<F> {
         }
         let Ok((header, _)) = EntryHeader::decode(buf) else {
             let newer = EntryHeader::newer(buf, self.uuid, self.epoch, spot.position());
-            return Err(newer.map_or(damaged, |found| ReadError::NewerFormat { found }));
+            let newer = newer.map(|found| ReadError::NewerFormat {
+                file: self.name.clone(),
+                found,
+            });
+            return Err(newer.unwrap_or(damaged));
         };
         let expected = (spot.index, self.uuid, spot.position());
         let here = (header.index, header.segment, header.position) == expected;

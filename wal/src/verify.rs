@@ -5,7 +5,7 @@
 //! loss that the operator accepts, and deletes nothing.
 
 use std::collections::BTreeSet;
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 
 use crate::buffer::BufferPool;
 use crate::directory::bad_blocks;
@@ -42,6 +42,8 @@ pub struct VerifyReport {
 pub struct Finding {
     pub file: String,
     pub what: Wrong,
+    /// The bytes of the file that it lies in, where `what` does not say so.
+    pub bytes: Option<Range<u64>>,
     pub harm: Harm,
 }
 
@@ -145,6 +147,7 @@ fn manifest_findings(manifest: &Folded, report: &mut VerifyReport) {
     let findings = torn.into_iter().chain(padding).map(|what| Finding {
         file: crate::manifest::NAME.to_owned(),
         what,
+        bytes: None,
         harm: Harm::None,
     });
     report.findings.extend(findings);
@@ -156,16 +159,19 @@ fn verify_snapshots<S: Storage>(storage: &S, state: &State, report: &mut VerifyR
     for file in files.collect::<BTreeSet<_>>() {
         let number = crate::snapshot::number_of(file).unwrap_or_default();
         let wrong = match flaws(storage, state.store, number) {
-            Ok(flaws) => flaws.into_iter().map(Wrong::Snapshot).collect(),
-            Err(_) => vec![Wrong::SnapshotFile],
+            Ok(flaws) => flaws
+                .into_iter()
+                .map(|(flaw, bytes)| (Wrong::Snapshot(flaw), Some(bytes)))
+                .collect(),
+            Err(_) => vec![(Wrong::SnapshotFile, None)],
         };
-        report
-            .findings
-            .extend(wrong.into_iter().map(|what| Finding {
-                file: file.clone(),
-                what,
-                harm: Harm::None,
-            }));
+        let findings = wrong.into_iter().map(|(what, bytes)| Finding {
+            file: file.clone(),
+            what,
+            bytes,
+            harm: Harm::None,
+        });
+        report.findings.extend(findings);
     }
 }
 
@@ -193,6 +199,7 @@ fn verify_length<S: Storage>(
         report.findings.push(Finding {
             file: segment.name.clone(),
             what: Wrong::Short { bytes, expected },
+            bytes: Some(bytes..expected),
             harm: Harm::None,
         });
     }
@@ -267,6 +274,7 @@ pub fn salvage_accept_loss<S: Storage>(
     options: &Options,
 ) -> Result<Vec<IndexRange>, OpenError> {
     options.check()?;
+    read_manifest(storage)?;
     let pool = BufferPool::new(options.buffer_bytes_idle);
     let mut manifest = Manifest::read(storage.clone(), pool, options.manifest_bytes)?;
     let state = manifest.state().clone();
@@ -319,6 +327,7 @@ impl<F: StorageFile> Inspected<F> {
             report.findings.push(Finding {
                 file: file_of(lost.segment),
                 what: Wrong::Segment(lost.defect),
+                bytes: None,
                 harm: self.harm(lost.range),
             });
         }
@@ -330,6 +339,7 @@ impl<F: StorageFile> Inspected<F> {
                     .cloned()
                     .unwrap_or_else(|| crate::manifest::NAME.into()),
                 what: Wrong::Uncovered(range),
+                bytes: None,
                 harm: Harm::State,
             });
         }
@@ -340,6 +350,7 @@ impl<F: StorageFile> Inspected<F> {
                     position: torn.position,
                     bytes: torn.bytes,
                 },
+                bytes: None,
                 harm: Harm::None,
             });
         }
@@ -369,10 +380,11 @@ impl<F: StorageFile> Inspected<F> {
             }
             ControlFlow::Continue(())
         })?;
-        let mut find = |what, harm| {
+        let mut find = |what, bytes, harm| {
             report.findings.push(Finding {
                 file: segment.name.clone(),
                 what,
+                bytes,
                 harm,
             });
         };
@@ -382,11 +394,11 @@ impl<F: StorageFile> Inspected<F> {
         if let Some(sealed) = segment.sealed() {
             verify_copies(segment, sealed, &mut find)?;
             if damaged.is_empty() && digest.digest128().to_le_bytes() != sealed.footer.digest {
-                find(Wrong::Digest, Harm::None);
+                find(Wrong::Digest, None, Harm::None);
             }
         }
         for range in damaged {
-            find(Wrong::Entries(range), self.harm(range));
+            find(Wrong::Entries(range), None, self.harm(range));
         }
         Ok(())
     }
@@ -499,7 +511,7 @@ fn walk<F: StorageFile>(
 
 fn verify_header<F: StorageFile>(
     segment: &Segment<F>,
-    find: &mut impl FnMut(Wrong, Harm),
+    find: &mut impl FnMut(Wrong, Option<Range<u64>>, Harm),
 ) -> Result<(), OpenError> {
     let mut block = [0; BLOCK_BYTES];
     read(segment, 0, &mut block)?;
@@ -507,7 +519,7 @@ fn verify_header<F: StorageFile>(
         .is_ok_and(|header| header.uuid == segment.uuid && header.encode() == block);
     if !whole {
         // The manifest and the footers say the same.
-        find(Wrong::Header, Harm::None);
+        find(Wrong::Header, Some(0..BLOCK_BYTES as u64), Harm::None);
     }
     Ok(())
 }
@@ -515,19 +527,23 @@ fn verify_header<F: StorageFile>(
 fn verify_copies<F: StorageFile>(
     segment: &Segment<F>,
     sealed: &SealedBody<F>,
-    find: &mut impl FnMut(Wrong, Harm),
+    find: &mut impl FnMut(Wrong, Option<Range<u64>>, Harm),
 ) -> Result<(), OpenError> {
     let directory_bytes = sealed.footer.directory_blocks as usize * BLOCK_BYTES;
     for copy in 0..2 {
         let mut bytes = vec![0; directory_bytes + BLOCK_BYTES];
-        read(segment, sealed.footer.copy_at(copy), &mut bytes)?;
+        let at = sealed.footer.copy_at(copy);
+        let footer_at = at + directory_bytes as u64;
+        read(segment, at, &mut bytes)?;
         let (directory, footer) = bytes.split_at(directory_bytes);
         let blocks = bad_blocks(directory, segment.uuid);
         if blocks > 0 {
-            find(Wrong::DirectoryCopy { copy, blocks }, Harm::None);
+            let what = Wrong::DirectoryCopy { copy, blocks };
+            find(what, Some(at..footer_at), Harm::None);
         }
         if *footer != sealed.footer.encode() {
-            find(Wrong::FooterCopy(copy), Harm::None);
+            let bytes = footer_at..footer_at + BLOCK_BYTES as u64;
+            find(Wrong::FooterCopy(copy), Some(bytes), Harm::None);
         }
     }
     Ok(())

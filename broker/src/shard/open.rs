@@ -33,10 +33,15 @@ pub enum OpenShardError {
     Replay(#[from] LogError),
     #[error("the snapshot cannot be read: {0}")]
     Snapshot(#[from] SnapshotError),
-    #[error("the snapshot cannot be restored ({0}); `millpond log verify DIR` tells more")]
-    Restore(#[from] millpond_queue::RestoreError),
-    #[error("the log holds a record that this version cannot read ({0}); use a newer version")]
-    Record(#[from] RecordError),
+    #[error("{file} cannot be restored ({error}); `millpond log verify DIR` tells more")]
+    Restore {
+        file: String,
+        error: millpond_queue::RestoreError,
+    },
+    #[error(
+        "entry {entry} of the log holds a record that this version cannot read ({error}); use a newer version"
+    )]
+    Record { entry: u64, error: RecordError },
     #[error("the start could not be written: {0}")]
     Start(#[from] super::Fatal),
 }
@@ -67,10 +72,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let queue = match opened.snapshot.take() {
             Some(snapshot) => {
                 let chunks: Result<Vec<_>, _> = snapshot.chunks().collect();
-                Queue::restore(
-                    queue_options,
-                    chunks?.into_iter().map(|(id, bytes)| (id.0, bytes)),
-                )?
+                let chunks = chunks?.into_iter().map(|(id, bytes)| (id.0, bytes));
+                let file = millpond_wal::snapshot::file_name(snapshot.info().number);
+                Queue::restore(queue_options, chunks)
+                    .map_err(|error| OpenShardError::Restore { file, error })?
             }
             None => Queue::new(queue_options),
         };
@@ -167,23 +172,23 @@ impl Fold {
                     return Ok(());
                 }
             };
+            let unreadable = |error| (entry.index.0, error);
             if self.queue.is_mending() {
                 for record in entry.records().filter(|record| record.kind == kind::Mark) {
-                    let lost = self.mend(&record)?;
+                    let lost = self.mend(&record).map_err(unreadable)?;
                     lost.into_iter().for_each(|row| rows.add(row));
                 }
             }
             for record in entry.records() {
-                self.fold(&record)?
-                    .into_iter()
-                    .for_each(|row| rows.add(row));
+                let row = self.fold(&record).map_err(unreadable)?;
+                row.into_iter().for_each(|row| rows.add(row));
             }
             Ok(())
         });
         end.map_err(|error| match error {
             ReplayError::Log(error) => OpenShardError::Replay(error),
             ReplayError::Start(error) => OpenShardError::Log(error),
-            ReplayError::Apply(error) => OpenShardError::Record(error),
+            ReplayError::Apply((entry, error)) => OpenShardError::Record { entry, error },
         })
     }
 

@@ -20,7 +20,7 @@ fn binary() -> PathBuf {
 }
 
 /// A broker's configuration file, beside its data folder.
-const CONFIG: &str = "millpond.toml";
+pub const CONFIG: &str = "millpond.toml";
 /// Longest wait for something that must come.
 pub const WAIT_MAX: Duration = Duration::from_secs(30);
 
@@ -89,8 +89,13 @@ impl Broker {
     /// As `fresh`, with this in its configuration file.
     pub fn with(config: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(CONFIG), config).unwrap();
+        Self::of(folder)
+    }
+
+    /// Starts one on the `data` in this folder, with the configuration file beside it.
+    pub fn of(folder: TempDir) -> Self {
         let data = folder.path().join("data");
-        std::fs::write(data.with_file_name(CONFIG), config).unwrap();
         let (child, ready) = serve(&data, "127.0.0.1:0");
         Self {
             child,

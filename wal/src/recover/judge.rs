@@ -65,7 +65,7 @@ pub(crate) fn find<S: Storage>(
         let name = file_name(id, entry.generation);
         let what = match look(storage, state, id, &entry, &name) {
             Ok(what) => what,
-            Err(LookError::Newer(found)) => return Err(newer(found)),
+            Err(LookError::Newer(found)) => return Err(newer(name, found)),
             Err(LookError::Defect(defect)) => What::Lost(defect),
             Err(LookError::Io(error)) if error.kind() == io::ErrorKind::NotFound => {
                 What::Lost(SegmentDefect::Missing)

@@ -317,7 +317,7 @@ fn what_a_newer_version_wrote_is_refused_before_a_byte_is_written() {
     file.write_at(at(5), &block).unwrap();
     let before = contents(&storage);
     let refused = reopen(&storage).map(drop);
-    let newer = |error| matches!(error, OpenError::NewerFormat { found: 2, known: 1 });
+    let newer = |error| matches!(error, OpenError::NewerFormat { file, found: 2, known: 1 } if file == segment);
     assert!(refused.is_err_and(newer));
     assert_eq!(contents(&storage), before);
 }

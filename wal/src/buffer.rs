@@ -63,6 +63,18 @@ impl BufferPool {
         }
     }
 
+    /// A buffer of so many bytes that are about to be read into it; it shows old bytes until then. Only of
+    /// a size that is kept for reuse and hardly larger than what is asked for.
+    pub fn take_to_fill(&self, bytes: usize) -> Option<AlignedBuf> {
+        let class = CLASS_BYTES[class_for(bytes)?];
+        if bytes < FILLED_BYTES_MIN || bytes < class / 4 * 3 {
+            return None;
+        }
+        let mut buf = self.take(bytes);
+        buf.len = bytes;
+        Some(buf)
+    }
+
     fn give_back(&self, memory: Memory) {
         if let Some(class) = CLASS_BYTES.iter().position(|&c| c == memory.capacity) {
             self.shelves.give_back(class, memory);
@@ -222,10 +234,22 @@ fn class_for(capacity: usize) -> Option<usize> {
     CLASS_BYTES.iter().position(|&class| capacity <= class)
 }
 
-const CLASSES: usize = 6;
+const CLASSES: usize = 7;
 
-/// Capacities that are kept for reuse; larger buffers are made to measure and freed.
-const CLASS_BYTES: [usize; CLASSES] = [8 << 10, 64 << 10, 256 << 10, 1 << 20, 2 << 20, 4 << 20];
+/// Capacities that are kept for reuse; larger buffers are made to measure and freed. The odd one is for
+/// a record of a quarter of a megabyte of messages and what is around them.
+const CLASS_BYTES: [usize; CLASSES] = [
+    8 << 10,
+    64 << 10,
+    256 << 10,
+    272 << 10,
+    1 << 20,
+    2 << 20,
+    4 << 20,
+];
+
+/// Less is allocated at little cost.
+const FILLED_BYTES_MIN: usize = 128 << 10;
 
 /// Most idle buffers of one class.
 const SHELF_BUFFERS_MAX: usize = 256;
@@ -281,6 +305,19 @@ mod tests {
         buf.pad_to_block();
         assert_eq!(buf.len(), BLOCK_BYTES);
         assert!(buf[1..].iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn a_buffer_to_be_filled_is_about_as_large_as_what_goes_in() {
+        let pool = BufferPool::new(POOL_BYTES);
+        for bytes in [256 << 10, (256 << 10) + 1_100, 1 << 20] {
+            let buf = pool.take_to_fill(bytes).unwrap();
+            assert_eq!(buf.len(), bytes);
+            assert!(buf.capacity() / 4 * 3 <= bytes);
+        }
+        for bytes in [0, 64 << 10, 140 << 10, 300 << 10, (4 << 20) + 1] {
+            assert!(pool.take_to_fill(bytes).is_none(), "{bytes}");
+        }
     }
 
     #[test]

@@ -281,7 +281,7 @@ impl<S: Storage> Log<S> {
     }
 
     pub fn reader(&self) -> LogReader<S> {
-        LogReader::new(self.tables.clone())
+        LogReader::new(self.tables.clone(), self.pool.clone())
     }
 
     /// What opening found out; complete once all is replayed.

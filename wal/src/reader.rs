@@ -11,6 +11,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use parking_lot::RwLock;
 
+use crate::buffer::BufferPool;
 use crate::directory::{Row, Spot, Unreadable};
 use crate::entry::{EntryHeader, EntryKind, HEADER_BYTES, Place};
 use crate::error::{IndexRange, ReadError};
@@ -23,11 +24,12 @@ use crate::tables::{Body, SealedBody, Segment, Tables};
 /// A handle for reading. Clones share the log's tables.
 pub struct LogReader<S: Storage> {
     tables: Arc<RwLock<Tables<S::File>>>,
+    pool: BufferPool,
 }
 
 impl<S: Storage> LogReader<S> {
-    pub(crate) fn new(tables: Arc<RwLock<Tables<S::File>>>) -> LogReader<S> {
-        LogReader { tables }
+    pub(crate) fn new(tables: Arc<RwLock<Tables<S::File>>>, pool: BufferPool) -> LogReader<S> {
+        LogReader { tables, pool }
     }
 
     /// The row that holds `offset`, or the topic's next one behind it.
@@ -119,7 +121,7 @@ impl<S: Storage> LogReader<S> {
             let damage = damage.or(is_lost.then_some(one));
             return Err(damage.map_or(ReadError::NotFound(index), ReadError::Damaged));
         };
-        read_record(&segment, spot, place, bytes_max)
+        read_record(&segment, spot, place, bytes_max, &self.pool)
     }
 
     /// Who has just read up to this record, `bytes` of it and before, reads on: has as much read into
@@ -140,6 +142,7 @@ impl<S: Storage> Clone for LogReader<S> {
     fn clone(&self) -> Self {
         LogReader {
             tables: self.tables.clone(),
+            pool: self.pool.clone(),
         }
     }
 }
@@ -190,6 +193,7 @@ fn read_record<F: StorageFile>(
     spot: Spot,
     place: Place,
     bytes_max: usize,
+    pool: &BufferPool,
 ) -> Result<RecordBytes, ReadError> {
     let damaged = || {
         ReadError::Damaged(IndexRange {
@@ -232,9 +236,25 @@ fn read_record<F: StorageFile>(
         let bytes = head.body_bytes();
         return Err(ReadError::TooLarge { bytes });
     }
-    let mut body = vec![0; head.body_bytes()];
-    segment.fill(spot.position() + body_at as u64, &mut body)?;
-    head.with_body(Bytes::from(body)).ok_or_else(damaged)
+    let position = spot.position() + body_at as u64;
+    let body = read_body(segment, position, head.body_bytes(), pool)?;
+    head.with_body(body).ok_or_else(damaged)
+}
+
+/// Fresh memory for a large body costs page faults, so that memory is used again.
+fn read_body<F: StorageFile>(
+    segment: &Segment<F>,
+    position: u64,
+    bytes: usize,
+    pool: &BufferPool,
+) -> Result<Bytes, ReadError> {
+    if let Some(mut body) = pool.take_to_fill(bytes) {
+        segment.fill(position, &mut body)?;
+        return Ok(body.freeze());
+    }
+    let mut body = vec![0; bytes];
+    segment.fill(position, &mut body)?;
+    Ok(Bytes::from(body))
 }
 
 struct EntryAt<'a, F> {

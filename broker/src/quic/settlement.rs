@@ -160,35 +160,8 @@ async fn write(
 ) -> Result<(), StreamError> {
     let mut settled = Settled::default();
     while let Some(first) = outputs.recv().await {
-        let mut next = Some(first);
-        let mut end = None;
         let before = settled.upto;
-        for nth in 1..=COALESCE_MAX {
-            match next {
-                Some(Output::Settled { count, refused }) => {
-                    unanswered.answer();
-                    let base = settled.upto;
-                    let named = |(ordinal, code, state)| SettleRefused {
-                        ordinal: base + ordinal,
-                        code,
-                        state,
-                    };
-                    settled.refused.extend(refused.into_iter().map(named));
-                    settled.upto += count;
-                }
-                Some(Output::SessionClosed) => end = Some(Ok(())),
-                Some(Output::End(error)) => end = Some(Err(error)),
-                Some(_) => {}
-                None => break,
-            }
-            let crowded = settled.refused.len() as u64 >= SETTLE_OFFSETS_MAX;
-            // What is received is taken: at the bound there is no next one.
-            next = if end.is_none() && !crowded && nth < COALESCE_MAX {
-                outputs.try_recv().ok()
-            } else {
-                None
-            };
-        }
+        let end = coalesce(first, outputs, unanswered, &mut settled);
         if settled.upto > before {
             writer.write_control(FrameType::Settled, &settled).await?;
             settled.refused.clear();
@@ -200,4 +173,72 @@ async fn write(
         }
     }
     Ok(())
+}
+
+/// Adds to `settled` what one write is to tell: `first` and what waits behind it. Returns how the stream
+/// ends, if it does.
+fn coalesce(
+    first: Output,
+    outputs: &mut mpsc::UnboundedReceiver<Output>,
+    unanswered: &Unanswered,
+    settled: &mut Settled,
+) -> Option<Result<(), WireError>> {
+    let mut next = Some(first);
+    for nth in 1..=COALESCE_MAX {
+        match next {
+            Some(Output::Settled { count, refused }) => {
+                unanswered.answer();
+                let base = settled.upto;
+                let named = |(ordinal, code, state)| SettleRefused {
+                    ordinal: base + ordinal,
+                    code,
+                    state,
+                };
+                settled.refused.extend(refused.into_iter().map(named));
+                settled.upto += count;
+            }
+            Some(Output::SessionClosed) => return Some(Ok(())),
+            Some(Output::End(error)) => return Some(Err(error)),
+            Some(_) => {}
+            None => break,
+        }
+        let crowded = settled.refused.len() as u64 >= SETTLE_OFFSETS_MAX;
+        // What is received is taken: at the bound there is no next one.
+        next = if !crowded && nth < COALESCE_MAX {
+            outputs.try_recv().ok()
+        } else {
+            None
+        };
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use millpond_protocol::control::MessageState;
+
+    use super::*;
+
+    #[test]
+    fn more_answers_than_one_write_tells_go_to_their_own_settlements() {
+        const ANSWERS: u64 = 3 * COALESCE_MAX as u64 + 7;
+        let (asked, mut outputs) = mpsc::unbounded_channel();
+        let is_refused = |nth: u64| nth % 100 == 24;
+        for nth in 0..ANSWERS {
+            let refusal = (0, ErrorCode::LeaseLost, MessageState::Acked);
+            let refused = is_refused(nth).then_some(refusal);
+            let refused = refused.into_iter().collect();
+            asked.send(Output::Settled { count: 1, refused }).unwrap();
+        }
+        let (unanswered, mut settled) = (Unanswered::default(), Settled::default());
+        let mut writes = 0;
+        while let Ok(first) = outputs.try_recv() {
+            let end = coalesce(first, &mut outputs, &unanswered, &mut settled);
+            assert!(end.is_none());
+            writes += 1;
+        }
+        assert_eq!((settled.upto, writes), (ANSWERS, 4));
+        let refused = settled.refused.iter().map(|refused| refused.ordinal);
+        assert!(refused.eq((0..ANSWERS).filter(|nth| is_refused(*nth))));
+    }
 }

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! received, not read         <= base + loans      (of all connections: charged + the receive pool)
-//! written, not acknowledged  <= base + loan       (of all connections: charged + the send pool)
+//! written, not acknowledged  <= base + loans      (of all connections: charged + the send pool)
 //! ```
 //!
 //! While the pool has room, a connection's window covers its streams' windows. Beyond that one stream
@@ -130,6 +130,8 @@ struct Lent {
     consumers: Covered,
     receive: Vec<Loan>,
     send: Option<Loan>,
+    /// Of the send window, for the answers to producers.
+    answers: Option<Loan>,
 }
 
 /// Streams of one kind: how many are open, and for how many the window was widened.
@@ -190,11 +192,30 @@ impl Windows {
     pub fn sends(&self) {
         let mut lent = self.lent.lock();
         if lent.send.is_none() {
-            let loan = self.memory.send_window(self.send_bytes);
-            self.connection
-                .set_send_window(BASE_WINDOW_BYTES + loan.bytes());
-            lent.send = Some(loan);
+            lent.send = Some(self.memory.send_window(self.send_bytes));
+            self.widen_send(&lent);
         }
+    }
+
+    /// So many bytes of answers to producers are written at once. Many producers' answers are more than
+    /// the first window holds, and what does not fit waits until the peer acknowledges the rest, which
+    /// it does late: a few small packets are no reason to hurry.
+    pub fn answers(&self, bytes: usize) {
+        if bytes < ANSWERS_LARGE_BYTES {
+            return;
+        }
+        let mut lent = self.lent.lock();
+        if lent.answers.is_none() {
+            let wanted = self.send_bytes.min(ANSWERS_WINDOW_BYTES);
+            lent.answers = Some(self.memory.send_window(wanted));
+            self.widen_send(&lent);
+        }
+    }
+
+    fn widen_send(&self, lent: &Lent) {
+        let loans = [&lent.send, &lent.answers];
+        let all: u64 = loans.into_iter().flatten().map(Loan::bytes).sum();
+        self.connection.set_send_window(BASE_WINDOW_BYTES + all);
     }
 
     fn widen(&self, lent: &mut Lent, loan: Loan) {
@@ -246,6 +267,11 @@ pub const UNAUTHENTICATED_STREAMS: u32 = 2;
 pub const BASE_WINDOW_BYTES: u64 = 4 << 10;
 /// What a consumer's acknowledgements may take of the receive window.
 const ACKS_WINDOW_BYTES: u64 = 64 << 10;
+/// What answers to producers may take of the send window: two writes with an answer to each of a
+/// thousand producers, and room to spare.
+const ANSWERS_WINDOW_BYTES: u64 = 256 << 10;
+/// A write of answers from which on they get it; the first window holds several smaller ones.
+const ANSWERS_LARGE_BYTES: usize = 512;
 /// Streams of an admitted connection before it has used any.
 const FIRST_STREAMS: u32 = 16;
 /// Connection attempts that wait for the accept loop; further ones are refused.

@@ -41,6 +41,34 @@ async fn a_broker_that_serves_is_healthy_and_ready() {
     assert!(TcpStream::connect(http).await.is_err(), "it still listens");
 }
 
+/// Bytes that one of the parts of the memory budget has lent.
+async fn lent(http: SocketAddr, part: &str) -> f64 {
+    let (_, text) = get(http, "/metrics").await;
+    let name = format!("millpond_memory_bytes{{budget=\"{part}\"}} ");
+    let value = text.lines().find_map(|line| line.strip_prefix(&name));
+    value.unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn answers_to_many_producers_are_lent_a_window_that_holds_them() {
+    let (broker, client, http) = broker().await;
+    let mut producers = Vec::new();
+    for _ in 0..200 {
+        producers.push(producer(&client).await);
+    }
+    assert_eq!(lent(http, "quic_send").await, 0.0, "nobody needed any yet");
+    let mut receipts = Vec::new();
+    for nth in 0..10 * producers.len() {
+        let producer = &producers[nth % producers.len()];
+        receipts.push(producer.enqueue(Message::new("x")).await.unwrap());
+    }
+    for receipt in receipts {
+        receipt.await.unwrap();
+    }
+    assert!(lent(http, "quic_send").await > 0.0);
+    broker.shutdown().await.unwrap();
+}
+
 #[tokio::test]
 async fn every_family_of_metrics_is_there_and_counts() {
     let (broker, client, http) = broker().await;

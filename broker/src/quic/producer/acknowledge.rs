@@ -54,6 +54,7 @@ impl<S: Storage> Session<'_, S> {
             }
             round.put_acks(&mut self.members.lock());
             if !round.frames.is_empty() {
+                self.peer.windows.answers(round.frames.len());
                 writer.write(round.frames.split().freeze()).await?;
             }
             if let Some(error) = end {

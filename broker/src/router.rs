@@ -1,4 +1,4 @@
-//! What leaves the shard: bodies into the cache, answers to their streams, jobs to the upkeep thread.
+//! What leaves the shard: answers to their streams, bodies into the cache, jobs to the upkeep thread.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -45,12 +45,13 @@ impl<S: Storage> Router<S> {
             );
             group_bytes = commit.bytes;
         }
+        for (stream, output) in out.replies.drain(..) {
+            self.send(stream, output);
+        }
+        // Behind the answers, which wait for nothing of it; hand-outs of these messages come later.
         if !out.fresh.is_empty() {
             self.cache
                 .fill(out.fresh.drain(..), Share::of_group(group_bytes));
-        }
-        for (stream, output) in out.replies.drain(..) {
-            self.send(stream, output);
         }
         for name in out.revoked.drain(..) {
             self.revoke(&name);

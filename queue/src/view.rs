@@ -98,6 +98,13 @@ impl Queue {
         })
     }
 
+    /// Whether anybody is to get what is published there.
+    #[must_use]
+    pub fn has_subscriptions(&self, topic: TopicId) -> bool {
+        let topic = self.topics.get(&topic);
+        topic.is_some_and(|topic| !topic.subscriptions.is_empty())
+    }
+
     /// A topic's subscriptions by name.
     #[must_use]
     pub fn subscriptions(&self, topic: TopicId, now: Stamp) -> Vec<SubscriptionView> {

@@ -132,6 +132,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         row_of(at, stamp, outcome)
             .into_iter()
             .for_each(|row| self.log.add_row(row));
+        if !self.queue.has_subscriptions(run.topic) {
+            return;
+        }
         out.fresh.push(Fresh {
             topic: run.topic,
             base: run.base,

@@ -15,7 +15,10 @@ use millpond_broker::config::QuicConfig;
 use millpond_broker::transport;
 use millpond_client::limits;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig, VarInt};
+use quinn::{
+    AckFrequencyConfig, Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig,
+    VarInt,
+};
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::ring::{self, cipher_suite};
 use rustls::version::TLS13;
@@ -210,13 +213,17 @@ async fn count(send: &mut quinn::SendStream, receive: &mut quinn::RecvStream) ->
 fn client_transport(max_mtu: u16) -> TransportConfig {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(max_mtu);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(limits::ACK_EVERY_PACKETS))
+        .max_ack_delay(Some(limits::ACK_DELAY_MAX));
     let mut config = TransportConfig::default();
     config
         .initial_rtt(limits::INITIAL_RTT)
         .stream_receive_window(VarInt::from_u32(limits::STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(limits::CONNECTION_WINDOW_BYTES))
         .send_window(limits::SEND_WINDOW_BYTES)
-        .mtu_discovery_config(Some(mtu));
+        .mtu_discovery_config(Some(mtu))
+        .ack_frequency_config(Some(acks));
     config
 }
 

@@ -12,8 +12,8 @@ use millpond_protocol::frame::FrameType;
 use millpond_protocol::{VERSION_MAX, VERSION_MIN};
 use parking_lot::Mutex;
 use quinn::crypto::rustls::QuicClientConfig;
+use quinn::{AckFrequencyConfig, EndpointConfig, TokioRuntime, TransportConfig};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, MtuDiscoveryConfig, VarInt};
-use quinn::{EndpointConfig, TokioRuntime, TransportConfig};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -24,8 +24,8 @@ use crate::control::{Ask, ControlStream};
 use crate::error::Error;
 use crate::io::{self, StreamEnd};
 use crate::limits::{
-    CONNECTION_WINDOW_BYTES, IDLE_TIMEOUT, INITIAL_RTT, KEEP_ALIVE, SEND_WINDOW_BYTES,
-    SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES,
+    ACK_DELAY_MAX, ACK_EVERY_PACKETS, CONNECTION_WINDOW_BYTES, IDLE_TIMEOUT, INITIAL_RTT,
+    KEEP_ALIVE, SEND_WINDOW_BYTES, SOCKET_BUFFER_BYTES, STREAM_WINDOW_BYTES,
 };
 use crate::producer::PublishStreams;
 
@@ -202,6 +202,9 @@ pub fn hello(token: Option<String>, client_name: String) -> Hello {
 fn transport(max_mtu: u16) -> TransportConfig {
     let mut mtu = MtuDiscoveryConfig::default();
     mtu.upper_bound(max_mtu);
+    let mut acks = AckFrequencyConfig::default();
+    acks.ack_eliciting_threshold(VarInt::from_u32(ACK_EVERY_PACKETS))
+        .max_ack_delay(Some(ACK_DELAY_MAX));
     let idle_ms = VarInt::from_u32(IDLE_TIMEOUT.as_millis() as u32);
     let mut config = TransportConfig::default();
     config
@@ -214,7 +217,8 @@ fn transport(max_mtu: u16) -> TransportConfig {
         .max_concurrent_bidi_streams(VarInt::from_u32(0))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
-        .mtu_discovery_config(Some(mtu));
+        .mtu_discovery_config(Some(mtu))
+        .ack_frequency_config(Some(acks));
     config
 }
 

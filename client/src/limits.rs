@@ -60,6 +60,10 @@ pub const MTU_DEFAULT: u16 = 1_452;
 pub const MTU_MIN: u16 = 1_200;
 /// Above it segmentation offload stops working.
 pub const MTU_MAX: u16 = 6_400;
+/// QUIC: packets after which the broker is asked to acknowledge, instead of every second one.
+pub const ACK_EVERY_PACKETS: u32 = 10;
+/// QUIC: longest the broker is asked to sit on an acknowledgement.
+pub const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 /// Kernel buffer asked for on the UDP socket, in bytes, each way. Best effort.
 pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// Chunks taken off a stream at once.

@@ -36,6 +36,7 @@ mod sample;
 mod scenarios;
 mod scheduled;
 mod server;
+mod spread;
 mod verdict;
 mod waiting;
 

@@ -207,7 +207,7 @@ pub async fn open(client: &Client, topic: &str) -> Result<Producer> {
 }
 
 /// Producers that are being opened at once.
-const OPENING_MAX: usize = 64;
+pub const OPENING_MAX: usize = 64;
 /// One message in so many has its latency taken.
 const SAMPLE_EVERY: u64 = 16;
 /// The payload of a small message.

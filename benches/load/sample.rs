@@ -55,30 +55,71 @@ impl Sample {
     }
 }
 
-/// Counts from a moment on: operations, time, and the CPU time of both processes.
+/// Counts from a moment on: operations, time, and the CPU time of both processes. It may pause.
 pub struct Meter {
     server: Option<u32>,
-    began: Instant,
-    server_cpu: Duration,
-    client_cpu: Duration,
+    origin: Instant,
+    /// When it last went on; none while it pauses.
+    since: Option<Spent>,
+    /// Between going on and pausing.
+    spent: Spent,
     anon: Option<AnonPeak>,
     operations: u64,
     latencies: Latencies,
 }
 
+/// Time, and CPU time of both processes: of a moment, or between moments.
+#[derive(Copy, Clone, Default)]
+struct Spent {
+    time: Duration,
+    server_cpu: Duration,
+    client_cpu: Duration,
+}
+
+impl Spent {
+    fn now(server: Option<u32>, origin: Instant) -> Result<Self> {
+        Ok(Self {
+            server_cpu: server.map(cpu_time).transpose()?.unwrap_or_default(),
+            client_cpu: cpu_time(std::process::id())?,
+            time: origin.elapsed(),
+        })
+    }
+
+    fn add(&mut self, from: Self, to: Self) {
+        self.time += to.time.saturating_sub(from.time);
+        self.server_cpu += to.server_cpu.saturating_sub(from.server_cpu);
+        self.client_cpu += to.client_cpu.saturating_sub(from.client_cpu);
+    }
+}
+
 impl Meter {
     /// Starts counting; `server` is the process that serves.
     pub fn start(server: Option<u32>) -> Result<Self> {
-        let server_cpu = server.map(cpu_time).transpose()?.unwrap_or_default();
-        Ok(Self {
+        let mut meter = Self {
             server,
-            server_cpu,
-            client_cpu: cpu_time(std::process::id())?,
+            origin: Instant::now(),
+            since: None,
+            spent: Spent::default(),
             anon: server.map(AnonPeak::watch),
             operations: 0,
             latencies: Latencies::new(),
-            began: Instant::now(),
-        })
+        };
+        meter.go_on()?;
+        Ok(meter)
+    }
+
+    /// What happens from now on counts again.
+    pub fn go_on(&mut self) -> Result<()> {
+        self.since = Some(Spent::now(self.server, self.origin)?);
+        Ok(())
+    }
+
+    /// What happens until it goes on does not count.
+    pub fn pause(&mut self) -> Result<()> {
+        if let Some(since) = self.since.take() {
+            self.spent.add(since, Spent::now(self.server, self.origin)?);
+        }
+        Ok(())
     }
 
     pub fn count(&mut self, operations: u64) {
@@ -90,11 +131,9 @@ impl Meter {
     }
 
     /// Stops counting. `operation_bytes` is the payload of each operation.
-    pub fn stop(self, operation_bytes: u64) -> Result<Sample> {
-        let seconds = self.began.elapsed().as_secs_f64();
-        let used = |pid: u32, before: Duration| -> Result<f64> {
-            Ok(cpu_time(pid)?.saturating_sub(before).as_secs_f64())
-        };
+    pub fn stop(mut self, operation_bytes: u64) -> Result<Sample> {
+        self.pause()?;
+        let seconds = self.spent.time.as_secs_f64();
         anyhow::ensure!(
             self.operations > 0,
             "nothing was done within {seconds:.1} s"
@@ -104,11 +143,8 @@ impl Meter {
             bytes: self.operations * operation_bytes,
             seconds,
             latency: self.latencies.percentiles(),
-            server_cpu_s: self
-                .server
-                .map(|pid| used(pid, self.server_cpu))
-                .transpose()?,
-            client_cpu_s: used(std::process::id(), self.client_cpu)?,
+            server_cpu_s: self.server.map(|_| self.spent.server_cpu.as_secs_f64()),
+            client_cpu_s: self.spent.client_cpu.as_secs_f64(),
             server_anon_mib: self.anon.map(|peak| peak.end() as f64 / f64::from(1 << 20)),
             figures: BTreeMap::new(),
         })

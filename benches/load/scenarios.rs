@@ -9,7 +9,7 @@ use crate::child::Child;
 use crate::floors::{WINDOW, WINDOW_DEEP};
 use crate::sample::Sample;
 use crate::{
-    backlog, crowd, idle, open_loop, publish, replay, restart, retries, scheduled, waiting,
+    backlog, crowd, idle, open_loop, publish, replay, restart, retries, scheduled, spread, waiting,
 };
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -85,7 +85,9 @@ impl Scenario {
             Self::Publish1k => "1 KiB, one producer, 256 unanswered; latency: enqueue to durable",
             Self::Publish1kDeep => "as publish_1k, 4,096 unanswered",
             Self::Publish1k8 => "as publish_1k, 8 producers with 256 each",
-            Self::Topics1000 => "1 KiB, 1,000 producers of one connection, a topic each",
+            Self::Topics1000 => {
+                "1 KiB, 1,000 producers, 16 unanswered each, a topic each; in turn: one topic"
+            }
             Self::ConsumeAck1k => "1 KiB from a backlog, acked one by one; latency: ack to durable",
             Self::Publish128 => "as publish_1k with 128 B",
             Self::Publish128Deep => "as publish_1k_deep with 128 B",
@@ -126,7 +128,7 @@ impl Scenario {
             Self::Publish1k => publish::pipelined(bench, 1, 1_024, window).await,
             Self::Publish1kDeep => publish::pipelined(bench, 1, 1_024, deep).await,
             Self::Publish1k8 => publish::pipelined(bench, 8, 1_024, 8 * window).await,
-            Self::Topics1000 => publish::pipelined(bench, TOPICS_MANY, 1_024, TOPICS_WINDOW).await,
+            Self::Topics1000 => spread::beside_one(bench, TOPICS_MANY, 1_024, TOPICS_WINDOW).await,
             Self::ConsumeAck1k => backlog::consume(bench, 1_024).await,
             Self::Publish128 => publish::pipelined(bench, 1, 128, window).await,
             Self::Publish128Deep => publish::pipelined(bench, 1, 128, deep).await,
@@ -172,7 +174,7 @@ impl Bench<'_> {
 
 /// Topics of the scenario with many.
 pub const TOPICS_MANY: usize = 1_000;
-/// Unanswered messages over all of them: each pipelines.
-const TOPICS_WINDOW: usize = 64 * TOPICS_MANY;
+/// Unanswered messages over all of them: each pipelines, and one producer may have as many.
+const TOPICS_WINDOW: usize = 16 * TOPICS_MANY;
 /// Sixteen batches of a thousand.
 const BULK_WINDOW: usize = 16 * 1_000;

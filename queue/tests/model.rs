@@ -225,3 +225,22 @@ fn random_operations_reach_every_part() {
         "nothing to see of some: {seen:?}"
     );
 }
+
+#[test]
+fn the_hole_of_a_letter_that_was_redriven_may_go_while_another_letter_has_its_body() {
+    let ops = [
+        Op(Kind::SubCreate, 0, 100, 187),
+        Op(Kind::Publish, 0, 120, 33),
+        Op(Kind::SubCreate, 55, 0, 43),
+        Op(Kind::SubUpdate, 87, 150, 0),
+        Op(Kind::Publish, 0, 60, 17),
+        Op(Kind::Wake, 0, 0, 0),
+        Op(Kind::Settle, 0, 48, 64),
+        Op(Kind::Settle, 0, 189, 145),
+        Op(Kind::Redrive, 109, 20, 0),
+        Op(Kind::Advance, 161, 0, 0),
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::LetGo, 163, 0, 16),
+    ];
+    run(SubscriptionMode::Queue, 0, &ops);
+}

@@ -186,7 +186,8 @@ impl Model {
         let message = &self.topics[&id].messages[offset as usize];
         let is_reference = message.letter.is_some() || message.copy;
         let mut letters = self.letters();
-        let has_letter = letters.any(|(.., letter)| letter.body == message.body);
+        // Where a letter was taken out, its body stands elsewhere, and stays there for other letters.
+        let has_letter = letters.any(|(.., letter)| letter.body == (id, offset));
         !is_reference && !has_letter && !self.is_needed(id, offset)
     }
 

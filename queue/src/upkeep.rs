@@ -83,6 +83,9 @@ impl Queue {
         let mut at = first.0.max(state.first);
         while at < end && runs.len() < most {
             at = state.gone.next_absent(at);
+            if at >= end {
+                break;
+            }
             let needed = self.needed_from(state, at, end);
             if needed > at {
                 let stop = needed.min(state.gone.next_present(at).unwrap_or(end));

@@ -244,3 +244,32 @@ fn the_hole_of_a_letter_that_was_redriven_may_go_while_another_letter_has_its_bo
     ];
     run(SubscriptionMode::Queue, 0, &ops);
 }
+
+#[test]
+fn what_was_let_go_beyond_the_end_of_a_range_is_passed_over() {
+    let ops = [
+        Op(Kind::Publish, 0, 12, 48),
+        Op(Kind::Publish, 0, 108, 70),
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::Settle, 0, 3, 0),
+        Op(Kind::Publish, 0, 36, 44),
+        Op(Kind::Redrive, 0, 66, 129),
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::Ack, 0, 12, 0),
+        Op(Kind::LetGo, 62, 5, 229),
+    ];
+    run(SubscriptionMode::Queue, 0, &ops);
+}
+
+#[test]
+fn a_commit_passes_over_what_was_let_go_behind_it() {
+    let ops = [
+        Op(Kind::Publish, 0, 204, 71),
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::Ack, 0, 0, 0),
+        Op(Kind::LetGo, 50, 0, 48),
+        Op(Kind::SubCreate, 254, 100, 12),
+        Op(Kind::TopicCreate, 0, 0, 0),
+    ];
+    run(SubscriptionMode::Queue, 0, &ops);
+}

@@ -355,6 +355,9 @@ impl Model {
             (known && beyond, ErrorCode::OffsetOutOfRange),
         ])) {
             sub.committed = sub.committed.max(next.0);
+            while sub.gone.contains(&sub.committed) {
+                sub.committed += 1;
+            }
             assert_eq!(
                 *to.outcome,
                 Outcome::Committed {

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use libfuzzer_sys::fuzz_target;
 use millpond_fuzz::Cut;
 use millpond_fuzz::store::{Seals, TOPIC, body, damaged, options, row};
-use millpond_wal::{Dumped, Log, LogIndex, Replayed, ReplayEnd, dump, salvage_accept_loss, verify};
+use millpond_wal::{Dumped, Log, LogIndex, ReplayEnd, Replayed, dump, salvage_accept_loss, verify};
 
 fuzz_target!(|input: &[u8]| {
     let mut input = Cut(input);

@@ -273,3 +273,17 @@ fn a_commit_passes_over_what_was_let_go_behind_it() {
     ];
     run(SubscriptionMode::Queue, 0, &ops);
 }
+
+#[test]
+fn what_is_finished_behind_a_dropped_message_is_let_go_too() {
+    let ops = [
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::Publish, 0, 120, 12),
+        Op(Kind::Advance, 161, 0, 0),
+        Op(Kind::TopicUpdate, 12, 109, 17),
+        Op(Kind::Turn, 0, 0, 0),
+        Op(Kind::Redrive, 0, 42, 108),
+        Op(Kind::Publish, 0, 216, 189),
+    ];
+    run(SubscriptionMode::Queue, 0, &ops);
+}

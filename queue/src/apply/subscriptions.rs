@@ -448,6 +448,8 @@ impl Queue {
         }
         if sub.floor < first {
             sub.set_floor(first, &mut self.dirty);
+            // It may have finished more behind that.
+            self.finished.insert(topic);
         }
         if sub.hand.fresh == 0 {
             sub.hand.cursor = sub.cursor;

@@ -459,6 +459,7 @@ mod tests {
                 record: 0,
             },
             messages: messages.freeze(),
+            is_wanted: true,
         }
     }
 

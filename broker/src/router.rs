@@ -49,6 +49,7 @@ impl<S: Storage> Router<S> {
             self.send(stream, output);
         }
         // Behind the answers, which wait for nothing of it; hand-outs of these messages come later.
+        out.fresh.retain(|fresh| fresh.is_wanted);
         if !out.fresh.is_empty() {
             self.cache
                 .fill(out.fresh.drain(..), Share::of_group(group_bytes));

@@ -132,9 +132,6 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         row_of(at, stamp, outcome)
             .into_iter()
             .for_each(|row| self.log.add_row(row));
-        if !self.queue.has_subscriptions(run.topic) {
-            return;
-        }
         out.fresh.push(Fresh {
             topic: run.topic,
             base: run.base,
@@ -142,6 +139,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             stamp,
             place,
             messages: skip_messages(&body.slice(PUBLISH_FIXED_BYTES..), run.skip),
+            is_wanted: self.queue.has_subscriptions(run.topic),
         });
     }
 

@@ -246,4 +246,6 @@ pub struct Fresh {
     pub place: Place,
     /// The accepted messages.
     pub messages: Bytes,
+    /// Somebody subscribes to the topic and will ask for the bodies.
+    pub is_wanted: bool,
 }

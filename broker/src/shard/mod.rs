@@ -69,7 +69,7 @@ pub enum Fatal {
 /// What a round of the shard produced, in order.
 pub struct Outbox<S: Storage> {
     pub replies: Vec<(StreamId, Output)>,
-    /// Messages that were just accepted where somebody subscribes, for the cache of recent bodies.
+    /// Messages that were just accepted; the cache of recent bodies takes those that are wanted.
     pub fresh: Vec<Fresh>,
     /// Long work for another thread; its `Done` comes back through `Shard::job_done`.
     pub jobs: Vec<Job<S>>,

@@ -42,6 +42,32 @@ fn a_snapshot_that_is_none_is_refused() {
     assert_eq!(restore(chunks), Err(RestoreError::Chunk { chunk }));
 }
 
+#[test]
+fn leases_of_what_is_finished_are_refused() {
+    let world = |acked: u64| {
+        let mut rig = Rig::new();
+        let topic = rig.topic("t");
+        let sub = rig.sub(topic, "s");
+        rig.publish(topic, 4);
+        rig.consumer(sub, 1, 4);
+        rig.run();
+        for offset in 0..acked {
+            rig.ack(sub, 1, offset, 1);
+        }
+        let chunks: BTreeMap<_, _> = rig.queue.snapshot().dirty.into_iter().collect();
+        (chunks, crate::state::dirty::leases(sub, 0))
+    };
+    let (mut chunks, leases) = world(1);
+    let (before, _) = world(0);
+    let restore = |chunks: &BTreeMap<_, _>| {
+        Queue::restore(Options::default(), chunks.clone().into_iter()).map(|_| ())
+    };
+    assert_eq!(restore(&chunks), Ok(()));
+    chunks.insert(leases, before[&leases].clone());
+    let refused = RestoreError::Contradiction("more is leased than is unfinished");
+    assert_eq!(restore(&chunks), Err(refused));
+}
+
 /// Steps of a small world: one topic, two subscriptions, three sessions.
 fn step(rig: &mut Rig, subs: [SubscriptionId; 2], what: u8, a: u64, b: u64) {
     let topic = rig.queue.topic_id("t").unwrap();

@@ -320,6 +320,11 @@ impl Queue {
             if sub.floor > sub.cursor || sub.cursor > next {
                 return Err(RestoreError::Contradiction("a cursor is outside its topic"));
             }
+            if sub.leases.count() > sub.backlog(next) {
+                return Err(RestoreError::Contradiction(
+                    "more is leased than is unfinished",
+                ));
+            }
             sub.hand.reset(sub.cursor);
             sub.hand.age_proposed = sub.age_floor;
             for (_, retry) in sub.retries.iter() {

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod embedded;
 pub mod http;
 pub mod identity;
+mod mailbox;
 pub mod memory;
 pub mod metrics;
 mod quic;

@@ -6,19 +6,16 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 use millpond_wal::storage::Storage;
-use tokio::sync::mpsc;
 
 use crate::bodies::{Cache, Share};
+use crate::mailbox;
 use crate::metrics::BrokerMetrics;
 use crate::shard::io::{Output, StreamId};
 use crate::shard::{Job, Outbox};
 
 /// The streams that answers are for.
-///
-/// The channels are unbounded because what is in them is bounded elsewhere: acknowledgements by a
-/// producer's credit, deliveries by a consumer's, settlements and responses by `UNANSWERED_MAX`.
 pub struct Router<S: Storage> {
-    streams: HashMap<StreamId, mpsc::UnboundedSender<Output>>,
+    streams: HashMap<StreamId, mailbox::Sender<Output>>,
     cache: Arc<Cache>,
     metrics: Arc<BrokerMetrics>,
     jobs: Sender<Job<S>>,
@@ -64,7 +61,7 @@ impl<S: Storage> Router<S> {
         }
     }
 
-    pub fn add(&mut self, stream: StreamId, sender: mpsc::UnboundedSender<Output>) {
+    pub fn add(&mut self, stream: StreamId, sender: mailbox::Sender<Output>) {
         self.streams.insert(stream, sender);
     }
 
@@ -75,14 +72,14 @@ impl<S: Storage> Router<S> {
     fn send(&self, stream: StreamId, output: Output) {
         if let Some(sender) = self.streams.get(&stream) {
             // A stream that has gone will be unregistered by its session.
-            let _ = sender.send(output);
+            sender.send(output);
         }
     }
 
     /// Every control stream decides for itself whether the revoked token is its own.
     fn revoke(&self, name: &str) {
         for sender in self.streams.values() {
-            let _ = sender.send(Output::Revoked {
+            sender.send(Output::Revoked {
                 token: name.to_owned(),
             });
         }

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use millpond_wal::storage::Storage;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 
 use crate::bodies::Cache;
 use crate::clock::{ANCHOR_BYTES, Clock};
+use crate::mailbox;
 use crate::memory::Permit;
 use crate::metrics::BrokerMetrics;
 use crate::router::Router;
@@ -30,7 +31,7 @@ const INBOX_RETRY: Duration = Duration::from_millis(1);
 
 /// What the shard thread is told.
 pub enum Message<S: Storage> {
-    Register(StreamId, mpsc::UnboundedSender<Output>),
+    Register(StreamId, mailbox::Sender<Output>),
     Unregister(StreamId),
     Input(Input<Option<Permit>>),
     Done(Done<S>),

@@ -1,8 +1,7 @@
 //! The two directions of one stream, in one task.
 
-use tokio::sync::mpsc;
-
 use super::frames::StreamError;
+use crate::mailbox;
 use crate::shard::io::Output;
 
 /// Runs both directions. What ends reading is told by the writing side, behind what it already has.
@@ -11,7 +10,7 @@ use crate::shard::io::Output;
 /// and thousands of streams are idle.
 pub fn both(
     reading: impl Future<Output = Result<(), StreamError>>,
-    own: mpsc::UnboundedSender<Output>,
+    own: mailbox::Sender<Output>,
     writing: impl Future<Output = Result<(), StreamError>>,
 ) -> impl Future<Output = Result<(), StreamError>> {
     let (reading, mut writing) = (Box::pin(reading), Box::pin(writing));
@@ -24,8 +23,7 @@ pub fn both(
             Ok(()) => Ok(()),
             Err(StreamError::Refused(error)) => {
                 // The writing side is there: it is polled below.
-                let _ = own.send(Output::End(error));
-                drop(own);
+                own.send(Output::End(error));
                 writing.await
             }
             Err(error) => Err(error),

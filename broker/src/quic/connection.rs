@@ -213,11 +213,10 @@ async fn authenticate<S: Storage>(
     let answer = registered.outputs.recv().await;
     context.unregister(registered.id).await;
     match answer {
-        Some(Output::Authenticated { name: Some(name) }) => Ok(Some(name)),
-        Some(_) => Err(refused(
+        Output::Authenticated { name: Some(name) } => Ok(Some(name)),
+        _ => Err(refused(
             "the token is not known here; it may have been revoked",
         )),
-        None => Err(crate::shard_thread::Stopped.into()),
     }
 }
 

@@ -15,7 +15,7 @@ use millpond_protocol::limits::CONSUMER_NAME_BYTES_MAX;
 use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
 use super::ahead::Ahead;
@@ -24,6 +24,7 @@ use super::connection::Peer;
 use super::deliver::{Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Registered, control, random_u64};
+use crate::mailbox::Mailbox;
 use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
 
@@ -81,8 +82,8 @@ async fn session<S: Storage>(
         })
         .await?;
     let opened = match registered.outputs.recv().await {
-        Some(Output::ConsumerOpened(opened)) => *opened,
-        Some(Output::End(error)) => return Err(error.into()),
+        Output::ConsumerOpened(opened) => *opened,
+        Output::End(error) => return Err(error.into()),
         _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
     };
     let session = opened.session;
@@ -180,16 +181,13 @@ struct Sender<'a, S: Storage> {
 }
 
 impl<S: Storage> Sender<'_, S> {
-    async fn run(
-        &mut self,
-        outputs: &mut mpsc::UnboundedReceiver<Output>,
-    ) -> Result<(), StreamError> {
+    async fn run(&mut self, outputs: &mut Mailbox<Output>) -> Result<(), StreamError> {
         loop {
             let output = if self.can_send() {
-                outputs.try_recv().ok()
+                outputs.try_recv()
             } else {
                 tokio::select! {
-                    output = outputs.recv() => output,
+                    output = outputs.recv() => Some(output),
                     Ok(()) = self.credit.changed() => None,
                 }
             };

@@ -1,6 +1,6 @@
 //! The control stream: requests in, responses out, and `GoAway` when the broker drains.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,7 +12,8 @@ use millpond_protocol::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX};
 use millpond_protocol::{ErrorCode, Offset, StartAt, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::both::both;
 use super::connection::Peer;
@@ -21,6 +22,7 @@ use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::letters;
 use super::{Context, inbound};
 use crate::bodies::{BodyError, Run};
+use crate::mailbox::Mailbox;
 use crate::memory::{Class, Permit};
 use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
 use crate::token;
@@ -39,13 +41,13 @@ pub async fn run<S: Storage>(
     let Ok(mut registered) = context.register().await else {
         return None;
     };
-    let (asked, unanswered) = mpsc::unbounded_channel();
     let session = Session {
         context: &context,
         peer: &peer,
+        asked: Mutex::default(),
     };
-    let reading = session.read(reader, registered.id, asked);
-    let writing = session.write(&mut writer, &mut registered.outputs, unanswered);
+    let reading = session.read(reader, registered.id);
+    let writing = session.write(&mut writer, &mut registered.outputs);
     let result = both(reading, registered.own, writing).await;
     context.unregister(registered.id).await;
     match result {
@@ -73,8 +75,6 @@ type Secret = Option<(String, String)>;
 
 /// A request that the shard has, until its answer is written.
 struct Asked {
-    /// The broker's own number for it: a client may name two requests alike.
-    number: u64,
     /// The client's.
     id: u64,
     secret: Secret,
@@ -85,16 +85,13 @@ struct Asked {
 struct Session<'a, S: Storage> {
     context: &'a Context<S>,
     peer: &'a Peer,
+    /// By the broker's own number for it: a client may name two requests alike.
+    asked: Mutex<BTreeMap<u64, Asked>>,
 }
 
 impl<S: Storage> Session<'_, S> {
     /// Takes requests in, at most `REQUESTS_MAX` unanswered ones.
-    async fn read(
-        &self,
-        mut reader: FrameReader,
-        stream: StreamId,
-        asked: mpsc::UnboundedSender<Asked>,
-    ) -> Result<(), StreamError> {
+    async fn read(&self, mut reader: FrameReader, stream: StreamId) -> Result<(), StreamError> {
         let share = &self.peer.share;
         let slots = Arc::new(Semaphore::new(REQUESTS_MAX));
         let mut number = 0;
@@ -112,15 +109,12 @@ impl<S: Storage> Session<'_, S> {
             };
             number += 1;
             let kept = Asked {
-                number,
                 id,
                 secret,
                 _slot: slot,
                 _permit: permit,
             };
-            if asked.send(kept).is_err() {
-                return Ok(());
-            }
+            self.asked.lock().insert(number, kept);
             self.context
                 .shard
                 .input(Input::Request {
@@ -162,11 +156,9 @@ impl<S: Storage> Session<'_, S> {
     async fn write(
         &self,
         writer: &mut FrameWriter,
-        outputs: &mut mpsc::UnboundedReceiver<Output>,
-        mut unanswered: mpsc::UnboundedReceiver<Asked>,
+        outputs: &mut Mailbox<Output>,
     ) -> Result<(), StreamError> {
         let mut draining = self.context.draining.clone();
-        let mut open = HashMap::new();
         let mut told = false;
         loop {
             let output = tokio::select! {
@@ -179,24 +171,21 @@ impl<S: Storage> Session<'_, S> {
                     continue;
                 }
             };
-            while let Ok(asked) = unanswered.try_recv() {
-                open.insert(asked.number, asked);
-            }
             match output {
-                Some(Output::Response { id: number, answer }) => {
-                    let Some(mut asked) = open.remove(&number) else {
+                Output::Response { id: number, answer } => {
+                    let asked = self.asked.lock().remove(&number);
+                    let Some(mut asked) = asked else {
                         continue;
                     };
                     // Boxed, because an idle connection would keep the size of the longest answer.
                     Box::pin(self.answer(writer, &mut asked, *answer)).await?;
                 }
-                Some(Output::Revoked { token }) if self.peer.token.as_ref() == Some(&token) => {
+                Output::Revoked { token } if self.peer.token.as_ref() == Some(&token) => {
                     let text = "the token of this connection was revoked";
                     return Err(WireError::new(ErrorCode::Unauthorized, text).into());
                 }
-                Some(Output::End(error)) => return Err(error.into()),
-                Some(_) => {}
-                None => return Ok(()),
+                Output::End(error) => return Err(error.into()),
+                _ => {}
             }
         }
     }

@@ -23,11 +23,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use millpond_wal::storage::Storage;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 
 use crate::bodies::Bodies;
 use crate::config::Config;
+use crate::mailbox::{self, Mailbox};
 use crate::memory::MemoryBudget;
 use crate::metrics::BrokerMetrics;
 use crate::shard::io::{Output, StreamId};
@@ -64,9 +65,9 @@ pub struct Pressure {
 /// A stream that the shard can answer.
 pub struct Registered {
     pub id: StreamId,
-    pub outputs: mpsc::UnboundedReceiver<Output>,
+    pub outputs: Mailbox<Output>,
     /// For what the session tells itself, in order with the shard's answers.
-    pub own: mpsc::UnboundedSender<Output>,
+    pub own: mailbox::Sender<Output>,
 }
 
 impl<S: Storage> Context<S> {
@@ -105,7 +106,7 @@ impl<S: Storage> Context<S> {
     /// Makes a stream known to the shard. `unregister` must follow, whatever happens.
     pub async fn register(&self) -> Result<Registered, Stopped> {
         let id = StreamId(self.next_stream.fetch_add(1, Ordering::Relaxed));
-        let (own, outputs) = mpsc::unbounded_channel();
+        let (own, outputs) = mailbox::mailbox();
         self.shard.send(Message::Register(id, own.clone())).await?;
         Ok(Registered { id, outputs, own })
     }

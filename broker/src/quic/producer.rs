@@ -20,7 +20,7 @@ use millpond_protocol::message::{MessageError, MessageView};
 use millpond_protocol::{ErrorCode, ProducerHandle, WireError};
 use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 
 use super::both::both;
 use super::connection::Peer;
@@ -28,6 +28,7 @@ use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::inbound::{arrive, room};
 use super::members::{Done, Members, Producer};
 use super::{Context, Registered, inbound, random_u64};
+use crate::mailbox;
 use crate::memory::Permit;
 use crate::shard::io::{Input, Output, StreamId};
 
@@ -88,7 +89,7 @@ struct Session<'a, S: Storage> {
     context: &'a Context<S>,
     peer: &'a Peer,
     id: StreamId,
-    own: mpsc::UnboundedSender<Output>,
+    own: mailbox::Sender<Output>,
     members: Mutex<Members>,
     /// The shard has answered an opening.
     opened: Notify,
@@ -225,7 +226,7 @@ impl<S: Storage> Session<'_, S> {
 
     fn tell_end(&self, handle: ProducerHandle, error: Option<WireError>) {
         // The writing side is there as long as the reading side.
-        let _ = self.own.send(Output::ProducerEnded { handle, error });
+        self.own.send(Output::ProducerEnded { handle, error });
     }
 
     async fn let_go(&self, done: Option<Done>) -> Result<(), StreamError> {

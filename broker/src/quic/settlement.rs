@@ -10,12 +10,13 @@ use millpond_protocol::limits::{SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, SessionId, WireError};
 use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::Notify;
 
 use super::both::both;
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Registered, UNANSWERED_MAX, inbound};
+use crate::mailbox::Mailbox;
 use crate::memory::Permit;
 use crate::shard::io::{Input, Output, StreamId};
 
@@ -65,10 +66,8 @@ async fn session<S: Storage>(
         })
         .await?;
     match registered.outputs.recv().await {
-        Some(Output::SettlementsOpened) => {
-            writer.write(empty(FrameType::SettlementsOpened)).await?
-        }
-        Some(Output::End(error)) => return Err(error.into()),
+        Output::SettlementsOpened => writer.write(empty(FrameType::SettlementsOpened)).await?,
+        Output::End(error) => return Err(error.into()),
         _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
     }
     let unanswered = Unanswered::default();
@@ -155,11 +154,12 @@ async fn read<S: Storage>(
 
 async fn write(
     writer: &mut FrameWriter,
-    outputs: &mut mpsc::UnboundedReceiver<Output>,
+    outputs: &mut Mailbox<Output>,
     unanswered: &Unanswered,
 ) -> Result<(), StreamError> {
     let mut settled = Settled::default();
-    while let Some(first) = outputs.recv().await {
+    loop {
+        let first = outputs.recv().await;
         let before = settled.upto;
         let end = coalesce(first, outputs, unanswered, &mut settled);
         if settled.upto > before {
@@ -172,14 +172,13 @@ async fn write(
             None => {}
         }
     }
-    Ok(())
 }
 
 /// Adds to `settled` what one write is to tell: `first` and what waits behind it. Returns how the stream
 /// ends, if it does.
 fn coalesce(
     first: Output,
-    outputs: &mut mpsc::UnboundedReceiver<Output>,
+    outputs: &mut Mailbox<Output>,
     unanswered: &Unanswered,
     settled: &mut Settled,
 ) -> Option<Result<(), WireError>> {
@@ -205,7 +204,7 @@ fn coalesce(
         let crowded = settled.refused.len() as u64 >= SETTLE_OFFSETS_MAX;
         // What is received is taken: at the bound there is no next one.
         next = if !crowded && nth < COALESCE_MAX {
-            outputs.try_recv().ok()
+            outputs.try_recv()
         } else {
             None
         };
@@ -218,21 +217,22 @@ mod tests {
     use millpond_protocol::control::MessageState;
 
     use super::*;
+    use crate::mailbox::mailbox;
 
     #[test]
     fn more_answers_than_one_write_tells_go_to_their_own_settlements() {
         const ANSWERS: u64 = 3 * COALESCE_MAX as u64 + 7;
-        let (asked, mut outputs) = mpsc::unbounded_channel();
+        let (asked, mut outputs) = mailbox();
         let is_refused = |nth: u64| nth % 100 == 24;
         for nth in 0..ANSWERS {
             let refusal = (0, ErrorCode::LeaseLost, MessageState::Acked);
             let refused = is_refused(nth).then_some(refusal);
             let refused = refused.into_iter().collect();
-            asked.send(Output::Settled { count: 1, refused }).unwrap();
+            asked.send(Output::Settled { count: 1, refused });
         }
         let (unanswered, mut settled) = (Unanswered::default(), Settled::default());
         let mut writes = 0;
-        while let Ok(first) = outputs.try_recv() {
+        while let Some(first) = outputs.try_recv() {
             let end = coalesce(first, &mut outputs, &unanswered, &mut settled);
             assert!(end.is_none());
             writes += 1;

@@ -8,12 +8,12 @@ use millpond_protocol::ProducerHandle;
 use millpond_protocol::control::{ProducerEnded, PublishRefused};
 use millpond_protocol::frame::{FrameError, FrameType, encode};
 use millpond_wal::storage::Storage;
-use tokio::sync::mpsc;
 
 use super::super::Pressure;
 use super::super::frames::{FrameWriter, StreamError};
 use super::super::members::{Members, Producer, Welcome};
 use super::Session;
+use crate::mailbox::Mailbox;
 use crate::shard::io::Output;
 
 /// Answers of the shard that are put into one write.
@@ -23,13 +23,13 @@ impl<S: Storage> Session<'_, S> {
     pub(super) async fn write(
         &self,
         writer: &mut FrameWriter,
-        outputs: &mut mpsc::UnboundedReceiver<Output>,
+        outputs: &mut Mailbox<Output>,
     ) -> Result<(), StreamError> {
         let mut pressure = self.context.pressure.clone();
         let mut round = Round::default();
         loop {
             let first = tokio::select! {
-                output = outputs.recv() => output,
+                output = outputs.recv() => Some(output),
                 // Credit that grows again must be told although nothing is answered.
                 Ok(()) = pressure.changed() => None,
             };
@@ -47,7 +47,7 @@ impl<S: Storage> Session<'_, S> {
                 }
                 // What is received is taken: at the bound there is no next one.
                 next = if end.is_none() && nth < COALESCE_MAX {
-                    outputs.try_recv().ok()
+                    outputs.try_recv()
                 } else {
                     None
                 };

@@ -83,22 +83,39 @@ impl<S: Storage> Clone for ShardHandle<S> {
 pub struct Stopped;
 
 impl<S: Storage> ShardHandle<S> {
-    /// Sends, waiting while the inbox is full. Cancel-safe: cancelled, nothing was sent.
-    pub async fn send(&self, message: Message<S>) -> Result<(), Stopped> {
-        let mut message = message;
+    /// Sends, when it is called if there is room, and else waiting while the inbox is full. Cancelled
+    /// while it waits, nothing was sent.
+    ///
+    /// Only what waits keeps the message: otherwise all that send would have room for one, and idle
+    /// streams are thousands.
+    pub fn send(&self, message: Message<S>) -> impl Future<Output = Result<(), Stopped>> {
+        let sent = match self.inbox.try_send(message) {
+            Ok(()) => Ok(None),
+            Err(TrySendError::Disconnected(_)) => Err(Stopped),
+            Err(TrySendError::Full(back)) => Ok(Some(Box::pin(self.send_later(back)))),
+        };
+        async move {
+            match sent? {
+                Some(waiting) => waiting.await,
+                None => Ok(()),
+            }
+        }
+    }
+
+    async fn send_later(&self, mut message: Message<S>) -> Result<(), Stopped> {
         loop {
+            tokio::time::sleep(INBOX_RETRY).await;
             match self.inbox.try_send(message) {
                 Ok(()) => return Ok(()),
                 Err(TrySendError::Disconnected(_)) => return Err(Stopped),
                 Err(TrySendError::Full(back)) => message = back,
             }
-            tokio::time::sleep(INBOX_RETRY).await;
         }
     }
 
-    /// Sends an input.
-    pub async fn input(&self, input: Input<Option<Permit>>) -> Result<(), Stopped> {
-        self.send(Message::Input(input)).await
+    /// Sends an input, as `send` does.
+    pub fn input(&self, input: Input<Option<Permit>>) -> impl Future<Output = Result<(), Stopped>> {
+        self.send(Message::Input(input))
     }
 
     /// Runs `look` on the shard thread between rounds and returns what it found.

@@ -1,5 +1,7 @@
 //! One connection: handshake deadline, authentication, then a task per stream.
 
+use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,23 +66,51 @@ pub async fn accept<S: Storage>(context: Arc<Context<S>>, endpoint: quinn::Endpo
     }
 }
 
-async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming, _room: Loan) {
+/// One connection, from its handshake to its end.
+///
+/// The stages of a connection and of a stream are boxed one by one, because a task keeps the size of its
+/// largest stage to its end, and thousands of them are idle.
+fn serve<S: Storage>(
+    context: Arc<Context<S>>,
+    incoming: Incoming,
+    room: Loan,
+) -> impl Future<Output = ()> {
+    let remote = incoming.remote_address();
+    let welcoming = Box::pin(admitted(context.clone(), incoming));
+    async move {
+        if let Some((peer, control)) = welcoming.await {
+            Box::pin(attend(context, remote, peer, control)).await;
+        }
+        drop(room);
+    }
+}
+
+/// Who was welcomed in time.
+async fn admitted<S: Storage>(
+    context: Arc<Context<S>>,
+    incoming: Incoming,
+) -> Option<(Peer, Control)> {
     let deadline = context.config.quic.handshake_deadline();
     let remote = incoming.remote_address();
-    let welcomed = {
-        let _handshake = context.metrics.begin_handshake();
-        // Boxed, because this task outlives it by far and would keep its size.
-        timeout(deadline, Box::pin(welcome(&context, incoming))).await
-    };
-    let (peer, control) = match welcomed {
-        Ok(Ok(welcomed)) => welcomed,
-        Ok(Err(error)) => return tracing::debug!(%remote, %error, "connection refused"),
-        Err(_) => return tracing::debug!(%remote, "connection not authenticated in time"),
-    };
+    let _handshake = context.metrics.begin_handshake();
+    match timeout(deadline, welcome(&context, incoming)).await {
+        Ok(Ok(welcomed)) => return Some(welcomed),
+        Ok(Err(error)) => tracing::debug!(%remote, %error, "connection refused"),
+        Err(_) => tracing::debug!(%remote, "connection not authenticated in time"),
+    }
+    None
+}
+
+/// Accepts the streams of a connection until it is closed.
+async fn attend<S: Storage>(
+    context: Arc<Context<S>>,
+    remote: SocketAddr,
+    peer: Peer,
+    (send, reader): Control,
+) {
     let _open = context.metrics.open_connection();
     tracing::debug!(%remote, client = peer.client_name, "connection opened");
     let connection = peer.connection.clone();
-    let (send, reader) = control;
     let of_control = control::run(
         context.clone(),
         peer.clone(),
@@ -89,7 +119,7 @@ async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming, _room: 
     );
     context
         .tasks
-        .spawn(end_with(connection.clone(), of_control));
+        .spawn(end_with(connection.clone(), Box::pin(of_control)));
     let mut allowance = transport::Allowance::new(&context.config.quic);
     while let Ok((send, recv)) = connection.accept_bi().await {
         let used = allowance.take(&connection);
@@ -97,17 +127,23 @@ async fn serve<S: Storage>(context: Arc<Context<S>>, incoming: Incoming, _room: 
             FrameWriter::new(send).reset(ErrorCode::Memory);
             continue;
         };
-        let of_stream = stream(context.clone(), peer.clone(), send, recv);
+        let open = context.metrics.open_stream();
+        let opening = Box::pin(opened(context.clone(), peer.clone(), send, recv));
         context.tasks.spawn(async move {
-            of_stream.await;
-            drop((used, room));
+            if let Some(session) = opening.await {
+                session.await;
+            }
+            drop((open, used, room));
         });
     }
     tracing::debug!(%remote, client = peer.client_name, "connection closed");
 }
 
 /// The connection lives as long as its control stream.
-async fn end_with(connection: Connection, control: impl Future<Output = Option<WireError>>) {
+async fn end_with(
+    connection: Connection,
+    control: impl Future<Output = Option<WireError>> + Unpin,
+) {
     let (reason, text) = match control.await {
         Some(error) => (code(error.code), error.message),
         None => (
@@ -116,7 +152,7 @@ async fn end_with(connection: Connection, control: impl Future<Output = Option<W
         ),
     };
     // Lets the last frame arrive before the close overtakes it.
-    let _ = timeout(LINGER, connection.closed()).await;
+    let _ = Box::pin(timeout(LINGER, connection.closed())).await;
     connection.close(reason, text.as_bytes());
 }
 
@@ -225,35 +261,34 @@ pub fn closing_code() -> quinn::VarInt {
     code(ErrorCode::Draining)
 }
 
-/// One stream: its first frame says what it is for.
-async fn stream<S: Storage>(
+/// What a stream does, as its first frame says; `None` if it is over before that.
+async fn opened<S: Storage>(
     context: Arc<Context<S>>,
     peer: Peer,
     send: SendStream,
     recv: RecvStream,
-) {
-    let _open = context.metrics.open_stream();
+) -> Option<Session> {
     let (writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
     let deadline = context.config.quic.handshake_deadline();
     let first = match timeout(deadline, reader.next_of(&OPENING)).await {
         Ok(Ok(Some(frame))) => frame,
-        Ok(Err(StreamError::Refused(error))) => return writer.end(&error).await,
-        Ok(_) => return,
+        Ok(Err(StreamError::Refused(error))) => {
+            writer.end(&error).await;
+            return None;
+        }
+        Ok(_) => return None,
         Err(_) => {
             let text = "a stream must say what it is for within the handshake deadline";
-            return writer
-                .end(&WireError::new(ErrorCode::Malformed, text))
-                .await;
+            let error = WireError::new(ErrorCode::Malformed, text);
+            writer.end(&error).await;
+            return None;
         }
     };
-    // Boxed, so that one kind does not take the room of the largest.
-    match first.kind {
-        FrameType::OpenProducer => {
-            Box::pin(producer::run(context, peer, writer, reader, first)).await;
-        }
-        FrameType::OpenConsumer => {
-            Box::pin(consumer::run(context, peer, writer, reader, first)).await;
-        }
-        _ => Box::pin(settlement::run(context, peer, writer, reader, first)).await,
-    }
+    Some(match first.kind {
+        FrameType::OpenProducer => Box::pin(producer::run(context, peer, writer, reader, first)),
+        FrameType::OpenConsumer => Box::pin(consumer::run(context, peer, writer, reader, first)),
+        _ => Box::pin(settlement::run(context, peer, writer, reader, first)),
+    })
 }
+
+type Session = Pin<Box<dyn Future<Output = ()> + Send>>;

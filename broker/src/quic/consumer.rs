@@ -62,30 +62,9 @@ async fn session<S: Storage>(
     first: Frame,
     mut registered: Registered,
 ) -> Result<(), StreamError> {
-    let open: OpenConsumer = first.decode()?;
-    if open.consumer_name.len() > CONSUMER_NAME_BYTES_MAX {
-        let text = format!("a consumer's name has at most {CONSUMER_NAME_BYTES_MAX} bytes");
-        return Err(WireError::new(ErrorCode::Malformed, text).into());
-    }
-    let start = match &open.create {
-        Some(create) => control::resolve_start(context, &open.topic, create.start).await?,
-        None => StartPosition::Earliest,
-    };
+    // Boxed, because the session outlives it by far.
+    let opened = Box::pin(open(context, first, &mut registered)).await?;
     let stream = registered.id;
-    context
-        .shard
-        .input(Input::OpenConsumer {
-            stream,
-            open,
-            token: random_u64(),
-            start,
-        })
-        .await?;
-    let opened = match registered.outputs.recv().await {
-        Output::ConsumerOpened(opened) => *opened,
-        Output::End(error) => return Err(error.into()),
-        _ => return Err(StreamError::Gone("the shard gave no answer".to_owned())),
-    };
     let session = opened.session;
     let mode = opened.mode;
     let result = async {
@@ -122,6 +101,35 @@ async fn session<S: Storage>(
         .input(Input::Detach { session, stream })
         .await?;
     result
+}
+
+/// Opens a session, or resumes one.
+async fn open<S: Storage>(
+    context: &Context<S>,
+    first: Frame,
+    registered: &mut Registered,
+) -> Result<Opened, StreamError> {
+    let open: OpenConsumer = first.decode()?;
+    if open.consumer_name.len() > CONSUMER_NAME_BYTES_MAX {
+        let text = format!("a consumer's name has at most {CONSUMER_NAME_BYTES_MAX} bytes");
+        return Err(WireError::new(ErrorCode::Malformed, text).into());
+    }
+    let start = match &open.create {
+        Some(create) => control::resolve_start(context, &open.topic, create.start).await?,
+        None => StartPosition::Earliest,
+    };
+    let input = Input::OpenConsumer {
+        stream: registered.id,
+        open,
+        token: random_u64(),
+        start,
+    };
+    context.shard.input(input).await?;
+    match registered.outputs.recv().await {
+        Output::ConsumerOpened(opened) => Ok(*opened),
+        Output::End(error) => Err(error.into()),
+        _ => Err(StreamError::Gone("the shard gave no answer".to_owned())),
+    }
 }
 
 fn answer(opened: Opened) -> ConsumerOpened {
@@ -191,13 +199,13 @@ impl<S: Storage> Sender<'_, S> {
                     Ok(()) = self.credit.changed() => None,
                 }
             };
+            // Boxed what is sent, because an idle consumer would keep the size of a busy one.
             match output {
                 Some(Output::Deliver(run)) => self.pending.push_back(run),
-                Some(Output::Notice(notice)) => self.notice(notice).await?,
+                Some(Output::Notice(notice)) => Box::pin(self.notice(notice)).await?,
                 Some(Output::SessionClosed) => return Ok(()),
                 Some(Output::End(error)) => return Err(error.into()),
                 Some(_) => {}
-                // Boxed, because an idle consumer would keep the size of a busy one.
                 None if self.can_send() => Box::pin(self.send_some()).await?,
                 None => {}
             }

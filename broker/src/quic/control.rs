@@ -166,7 +166,7 @@ impl<S: Storage> Session<'_, S> {
                 drains = drained(&mut draining), if !told => {
                     told = true;
                     if drains {
-                        self.go_away(writer).await?;
+                        Box::pin(self.go_away(writer)).await?;
                     }
                     continue;
                 }

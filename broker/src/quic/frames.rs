@@ -1,5 +1,7 @@
 //! Whole frames in and out of QUIC streams.
 
+use std::pin::Pin;
+
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
 use millpond_protocol::{ErrorCode, WireError};
@@ -209,13 +211,17 @@ impl FrameWriter {
     }
 
     /// Says why the stream is over, and ends it.
-    pub async fn end(mut self, error: &WireError) {
-        // Whoever is not there any more need not be told.
-        if self.write_control(FrameType::Error, error).await.is_err()
-            || self.stream.finish().is_err()
-        {
-            let _ = self.stream.reset(code(error.code));
-        }
+    ///
+    /// Boxed, because every stream has an end, and would have room for it from the start.
+    pub fn end(mut self, error: &WireError) -> Pin<Box<impl Future<Output = ()>>> {
+        Box::pin(async move {
+            // Whoever is not there any more need not be told.
+            if self.write_control(FrameType::Error, error).await.is_err()
+                || self.stream.finish().is_err()
+            {
+                let _ = self.stream.reset(code(error.code));
+            }
+        })
     }
 
     /// Breaks the stream off, perhaps in the middle of a frame.
@@ -224,13 +230,20 @@ impl FrameWriter {
         let _ = self.stream.reset(code(error));
     }
 
-    /// Ends the stream as its session ended: cleanly, with a reason, or, if it is gone, not at all.
-    pub async fn conclude(self, result: Result<(), StreamError>, what: &'static str) {
-        match result {
-            Ok(()) => self.finish(),
-            Err(StreamError::Refused(error)) => self.end(&error).await,
-            Err(error) => tracing::debug!(%error, "{what} stream ended"),
-        }
+    /// Ends the stream as its session ended: cleanly, with a reason, or, if it is gone, not at all. Boxed
+    /// as `end` is.
+    pub fn conclude(
+        self,
+        result: Result<(), StreamError>,
+        what: &'static str,
+    ) -> Pin<Box<impl Future<Output = ()>>> {
+        Box::pin(async move {
+            match result {
+                Ok(()) => self.finish(),
+                Err(StreamError::Refused(error)) => self.end(&error).await,
+                Err(error) => tracing::debug!(%error, "{what} stream ended"),
+            }
+        })
     }
 
     /// Ends the stream cleanly.

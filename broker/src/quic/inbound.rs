@@ -37,9 +37,13 @@ pub async fn take<S: Storage>(
         let frame = reader.next().await?;
         return Ok(frame.map(|frame| (frame, None)));
     }
-    let permit = room(context, length as u64, share).await?;
-    let frame = arrive(context, reader, length as u64, share).await?;
-    Ok(frame.map(|frame| (frame, Some(permit))))
+    // Boxed, because a stream that waits for its next frame would keep the size of this.
+    let larger = Box::pin(async {
+        let permit = room(context, length as u64, share).await?;
+        let frame = arrive(context, reader, length as u64, share).await?;
+        Ok(frame.map(|frame| (frame, Some(permit))))
+    });
+    larger.await
 }
 
 /// Memory for a frame, waited for if need be.

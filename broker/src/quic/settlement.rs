@@ -163,7 +163,8 @@ async fn write(
         let before = settled.upto;
         let end = coalesce(first, outputs, unanswered, &mut settled);
         if settled.upto > before {
-            writer.write_control(FrameType::Settled, &settled).await?;
+            // Boxed, because an idle consumer would keep the size of this.
+            Box::pin(writer.write_control(FrameType::Settled, &settled)).await?;
             settled.refused.clear();
         }
         match end {

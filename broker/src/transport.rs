@@ -273,7 +273,7 @@ const ANSWERS_WINDOW_BYTES: u64 = 256 << 10;
 /// A write of answers from which on they get it; the first window holds several smaller ones.
 const ANSWERS_LARGE_BYTES: usize = 512;
 /// Streams of an admitted connection before it has used any.
-const FIRST_STREAMS: u32 = 16;
+const FIRST_STREAMS: u32 = 8;
 /// Connection attempts that wait for the accept loop; further ones are refused.
 const INCOMING_MAX: usize = 1_024;
 /// Bytes kept for one such attempt: a hello of several packets.

@@ -15,10 +15,14 @@ use crate::scenarios::Bench;
 pub async fn under_load(bench: &mut Bench<'_>) -> Result<Sample> {
     let size = bench.plan.size;
     let client = bench.connect("bench-publisher").await?;
-    let mut pump = Pump::open(&client, 1, MESSAGE_BYTES_SMALL, WINDOW_DEEP as usize).await?;
+    let topics = topics_for(size.retrying);
+    let mut pump = Pump::open(&client, topics, MESSAGE_BYTES_SMALL, WINDOW_DEEP as usize).await?;
     pump.publish(size.stored).await?;
     pump.close().await?;
-    schedule_retries(bench, size.retrying).await?;
+    let each = size.retrying / topics as u64;
+    for nth in 0..topics {
+        schedule_retries(bench, &publish::topic(nth), each).await?;
+    }
     let load = load(bench).await?;
     tokio::time::sleep(LOAD).await;
     let mut cold = false;
@@ -39,13 +43,14 @@ pub async fn under_load(bench: &mut Bench<'_>) -> Result<Sample> {
     meter.count(1);
     delivery.ack().await?;
     deliveries.close().await;
-    let left = client.subscription(&publish::topic(0), "load").await?;
-    ensure!(
-        left.scheduled >= size.retrying,
-        "{} of {} retries are left",
-        left.scheduled,
-        size.retrying
-    );
+    for nth in 0..topics {
+        let left = client.subscription(&publish::topic(nth), "load").await?;
+        let scheduled = left.scheduled;
+        ensure!(
+            scheduled >= each,
+            "{scheduled} of {each} retries are left of topic {nth}"
+        );
+    }
     client.close().await;
     Ok(meter
         .stop(MESSAGE_BYTES_SMALL as u64)?
@@ -55,15 +60,20 @@ pub async fn under_load(bench: &mut Bench<'_>) -> Result<Sample> {
         .with("retrying", size.retrying as f64))
 }
 
-/// Lets the first messages of the backlog wait for a retry in an hour.
-async fn schedule_retries(bench: &Bench<'_>, count: u64) -> Result<()> {
+/// A subscription whose retries take 64 MiB gets no first deliveries, so many of them need several.
+fn topics_for(retrying: u64) -> usize {
+    retrying.div_ceil(RETRIES_EACH).max(1) as usize
+}
+
+/// Lets the first messages of a topic's backlog wait for a retry in an hour.
+async fn schedule_retries(bench: &Bench<'_>, topic: &str, count: u64) -> Result<()> {
     let client = bench.connect("bench-consumer").await?;
     let config = SubscriptionConfig {
         mode: SubscriptionMode::Queue,
         ..SubscriptionConfig::default()
     };
     let mut deliveries = client
-        .subscribe(publish::topic(0), "load")
+        .subscribe(topic, "load")
         .create(config, StartAt::Earliest)
         .prefetch(PREFETCH)
         .open()
@@ -107,5 +117,7 @@ fn drop_caches() -> bool {
 }
 
 const PREFETCH: u32 = 4_096;
+/// About 58 MB of retry state.
+const RETRIES_EACH: u64 = 200_000;
 const HOUR: Duration = Duration::from_secs(3_600);
 const LOAD: Duration = Duration::from_millis(500);

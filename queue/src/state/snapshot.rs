@@ -159,7 +159,7 @@ struct LeaseChunk {
 }
 
 #[derive(Serialize, Deserialize)]
-struct RetryChunk {
+struct RetryChunk<'a> {
     offset: u64,
     failures: u32,
     deliveries: u32,
@@ -175,7 +175,8 @@ struct RetryChunk {
     place: Option<Place>,
     own: Option<OwnChunk>,
     earlier: Vec<(u32, SessionId)>,
-    history: Vec<(Stamp, u64, String, FailureKind, u32)>,
+    #[serde(borrow)]
+    history: Vec<(Stamp, u64, &'a str, FailureKind, u32)>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -476,7 +477,7 @@ impl Queue {
                 own,
                 earlier: retry.earlier.iter().copied().collect(),
                 history: history
-                    .map(|f| (f.at, f.duration_ms, f.consumer.to_string(), f.kind, f.code))
+                    .map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code))
                     .collect(),
             }
         }))

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use millpond_protocol::{Offset, ProducerKey, SubscriptionId, TopicId};
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
 
 use super::{
     ExtraChunk, FORMAT, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk,
@@ -226,8 +226,8 @@ impl Queue {
         Ok(())
     }
 
-    fn read_retries(&mut self, id: SubscriptionId, retries: Vec<RetryChunk>) -> Result<()> {
-        let mut names: BTreeMap<String, Arc<str>> = BTreeMap::new();
+    fn read_retries(&mut self, id: SubscriptionId, retries: Vec<RetryChunk<'_>>) -> Result<()> {
+        let mut names = BTreeMap::new();
         for read in retries {
             let offset = read.offset;
             let retry = retry(read, &mut names);
@@ -346,7 +346,7 @@ impl Queue {
 
 const ORPHAN: RestoreError = RestoreError::Contradiction("a chunk belongs to nothing");
 
-fn decode<T: DeserializeOwned>(chunk: u64, bytes: &[u8]) -> Result<T> {
+fn decode<'a, T: Deserialize<'a>>(chunk: u64, bytes: &'a [u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
         _ => Err(RestoreError::Chunk { chunk }),
@@ -384,12 +384,8 @@ fn letter(read: LetterChunk) -> Letter {
     }
 }
 
-fn retry(read: RetryChunk, names: &mut BTreeMap<String, Arc<str>>) -> Retry {
-    let mut name = |name: String| {
-        let shared = names.entry(name);
-        let key: Arc<str> = shared.key().as_str().into();
-        shared.or_insert(key).clone()
-    };
+fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
+    let mut name = |name: &'a str| names.entry(name).or_insert_with(|| name.into()).clone();
     let failure = |(at, duration_ms, consumer, kind, code)| Failure {
         at,
         duration_ms,

@@ -58,6 +58,7 @@ pub async fn accept(endpoint: &Endpoint) {
             let Ok(connection) = incoming.await else {
                 return;
             };
+            transport::admit(&connection, &QuicConfig::default());
             while let Ok((send, receive)) = connection.accept_bi().await {
                 // A stream that breaks is missed by the client, which reports it.
                 tokio::spawn(async move { serve(send, receive).await.ok() });
@@ -65,6 +66,9 @@ pub async fn accept(endpoint: &Endpoint) {
         });
     }
 }
+
+/// A stream that stays open.
+pub type Idle = (quinn::SendStream, quinn::RecvStream);
 
 /// The client's side of one connection.
 pub struct Raw {
@@ -160,6 +164,18 @@ impl Raw {
         }
         send.finish()?;
         Ok(())
+    }
+
+    /// Opens so many streams that have been used once, each way, and then say nothing.
+    pub async fn idle(&self, streams: usize) -> Result<Vec<Idle>> {
+        let mut idle = Vec::new();
+        for _ in 0..streams {
+            let (mut send, mut receive) = self.connection.open_bi().await?;
+            send.write_all(&[ECHO; 2]).await?;
+            receive.read_exact(&mut [0; 1]).await?;
+            idle.push((send, receive));
+        }
+        Ok(idle)
     }
 
     pub async fn close(self) {

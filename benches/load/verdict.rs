@@ -111,6 +111,7 @@ impl Round<'_> {
             Scenario::Publish128Deep | Scenario::ConsumeAck128 => self.quinn(Floor::Quinn128Deep),
             Scenario::BulkIn | Scenario::BulkOut => bulk(),
             Scenario::AckAlone | Scenario::EndToEnd => self.trip_and_syncs(Floor::Sync4k, 1.0),
+            Scenario::Connections => self.figure(kind, "quinn_kib_each"),
             _ => None,
         }
     }

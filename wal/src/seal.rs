@@ -135,15 +135,7 @@ pub(crate) fn open_sealed<S: Storage>(
     footer: Footer,
 ) -> io::Result<Segment<S::File>> {
     let file = storage.open_read(&open.name)?;
-    let map = file.map()?;
-    let mut body = SealedBody {
-        file,
-        map,
-        footer,
-        spans: Vec::new(),
-    };
-    let spans = body.directory().spans();
-    body.spans = spans.map_err(|error| match error {
+    let body = SealedBody::open(file, footer).map_err(|error| match error {
         Unreadable::Damaged => io::Error::other("the directory just written is not there"),
         Unreadable::Io(source) => source,
     })?;

@@ -231,6 +231,21 @@ impl<F: StorageFile> Segment<F> {
 }
 
 impl<F: StorageFile> SealedBody<F> {
+    /// Reads the topics by calls and maps the file only then: where the disk reads ahead by megabytes, the first
+    /// fault of a cold map waits for all of them, in every segment at a start.
+    pub fn open(file: F, footer: Footer) -> Result<SealedBody<F>, Unreadable> {
+        let mut body = SealedBody {
+            file,
+            map: None,
+            footer,
+            spans: Vec::new(),
+        };
+        let spans = body.directory().spans();
+        body.spans = spans?;
+        body.map = body.file.map().map_err(Unreadable::Io)?;
+        Ok(body)
+    }
+
     pub fn directory(
         &self,
     ) -> Directory<'_, impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> {

@@ -329,15 +329,7 @@ fn look<S: Storage>(
             let file = storage.open_read(name)?;
             refuse_newer(&file)?;
             let footer = read_footer(&file, entry.uuid, file_bytes)?;
-            let map = file.map()?;
-            let mut body = SealedBody {
-                file,
-                map,
-                footer,
-                spans: Vec::new(),
-            };
-            let spans = body.directory().spans();
-            body.spans = spans.map_err(|error| match error {
+            let body = SealedBody::open(file, footer).map_err(|error| match error {
                 Unreadable::Damaged => LookError::Defect(SegmentDefect::Directory),
                 Unreadable::Io(source) => LookError::Io(source),
             })?;

@@ -117,7 +117,7 @@ fn drop_caches() -> bool {
 }
 
 const PREFETCH: u32 = 4_096;
-/// About 58 MB of retry state.
+/// About 56 MB of retry state.
 const RETRIES_EACH: u64 = 200_000;
 const HOUR: Duration = Duration::from_secs(3_600);
 const LOAD: Duration = Duration::from_millis(500);

@@ -70,9 +70,14 @@ impl BufferPool {
         if bytes < FILLED_BYTES_MIN || bytes < class / 4 * 3 {
             return None;
         }
+        Some(self.take_blocks(bytes))
+    }
+
+    /// A buffer of so many bytes, whatever its size; it too shows old bytes until it is read into.
+    pub fn take_blocks(&self, bytes: usize) -> AlignedBuf {
         let mut buf = self.take(bytes);
         buf.len = bytes;
-        Some(buf)
+        buf
     }
 
     fn give_back(&self, memory: Memory) {

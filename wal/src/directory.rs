@@ -189,13 +189,18 @@ impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> Directory<'a, 
     }
 
     pub fn spot(&mut self, index: LogIndex) -> Result<Option<Spot>, Unreadable> {
-        let entries = self.footer.entries;
-        let at = self.partition::<RawSpot>(0, entries, |spot| spot.index.get() < index.0)?;
-        if at == entries {
+        let at = self.spot_at(index)?;
+        if at == self.footer.entries {
             return Ok(None);
         }
-        let spot = Spot::from(self.item::<RawSpot>(at)?);
+        let spot = self.nth_spot(at)?;
         Ok((spot.index == index).then_some(spot))
+    }
+
+    /// The number of the first spot at or above `index`; one past the last if there is none.
+    pub fn spot_at(&mut self, index: LogIndex) -> Result<u64, Unreadable> {
+        let entries = self.footer.entries;
+        self.partition::<RawSpot>(0, entries, |spot| spot.index.get() < index.0)
     }
 
     pub fn nth_spot(&mut self, nth: u64) -> Result<Spot, Unreadable> {

@@ -23,8 +23,8 @@ use crate::tables::{Body, SealedBody, Segment, Tables};
 
 /// A handle for reading. Clones share the log's tables.
 pub struct LogReader<S: Storage> {
-    tables: Arc<RwLock<Tables<S::File>>>,
-    pool: BufferPool,
+    pub(crate) tables: Arc<RwLock<Tables<S::File>>>,
+    pub(crate) pool: BufferPool,
 }
 
 impl<S: Storage> LogReader<S> {
@@ -204,19 +204,15 @@ fn read_record<F: StorageFile>(
     let mut header = [0; HEADER_BYTES];
     segment.fill(spot.position(), &mut header)?;
     let (header, _) = EntryHeader::decode(&header).map_err(|_| damaged())?;
-    let expected = (place.index, segment.uuid, spot.position());
-    if (header.index, header.segment, header.position) != expected
-        || header.disk_bytes() > spot.bytes()
-    {
+    if !stands_at(&header, segment.uuid, spot) {
         return Err(damaged());
     }
     if header.kind != EntryKind::Normal {
         return Err(ReadError::NotFound(place.index));
     }
     let entry = EntryAt {
-        segment,
         header,
-        position: spot.position(),
+        fill: |at, buf: &mut [u8]| segment.fill(spot.position() + at as u64, buf),
     };
     let (head, at) = match entry.seek(place.record) {
         Ok(found) => found,
@@ -257,21 +253,27 @@ fn read_body<F: StorageFile>(
     Ok(Bytes::from(body))
 }
 
-struct EntryAt<'a, F> {
-    segment: &'a Segment<F>,
-    header: EntryHeader,
-    position: u64,
+/// True if this is the header of the entry that is said to stand there.
+pub(crate) fn stands_at(header: &EntryHeader, segment: [u8; 16], spot: Spot) -> bool {
+    let here = (header.index, header.segment, header.position);
+    here == (spot.index, segment, spot.position()) && header.disk_bytes() <= spot.bytes()
 }
 
-enum Miss {
+/// An entry whose bytes are read as they are needed: `fill` reads from a place in it.
+pub(crate) struct EntryAt<R> {
+    pub header: EntryHeader,
+    pub fill: R,
+}
+
+pub(crate) enum Miss {
     Absent,
     Damaged,
     Read(ReadError),
 }
 
-impl<F: StorageFile> EntryAt<'_, F> {
+impl<R: Fn(usize, &mut [u8]) -> Result<(), ReadError>> EntryAt<R> {
     /// Finds a record by its number: at that place in the table, or before it if the entry was cleaned.
-    fn seek(&self, number: u32) -> Result<(RecordHead, usize), Miss> {
+    pub fn seek(&self, number: u32) -> Result<(RecordHead, usize), Miss> {
         let (mut from, mut to) = (0, self.header.records);
         let mut nth = number.min(to.saturating_sub(1));
         while from < to {
@@ -289,17 +291,13 @@ impl<F: StorageFile> EntryAt<'_, F> {
     fn nth(&self, nth: u32) -> Result<(RecordHead, usize), Miss> {
         let mut slot = [0; 4];
         let slot_at = table_slot_at(&self.header, nth);
-        self.segment
-            .fill(self.position + slot_at as u64, &mut slot)
-            .map_err(Miss::Read)?;
+        (self.fill)(slot_at, &mut slot).map_err(Miss::Read)?;
         let at = u32::from_le_bytes(slot) as usize;
         if at < HEADER_BYTES || at + RECORD_HEADER_BYTES > slot_at {
             return Err(Miss::Damaged);
         }
         let mut head = [0; RECORD_HEADER_BYTES];
-        self.segment
-            .fill(self.position + at as u64, &mut head)
-            .map_err(Miss::Read)?;
+        (self.fill)(at, &mut head).map_err(Miss::Read)?;
         Ok((RecordHead::decode(&head).ok_or(Miss::Damaged)?, at))
     }
 }

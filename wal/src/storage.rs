@@ -85,6 +85,12 @@ pub trait StorageFile: Send + Sync + 'static {
     /// would be there after a power loss.
     fn read_uncached_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize>;
 
+    /// Like `read_at`, past the page cache if that can be done: for much that is not soon read again.
+    /// Offset and length must be multiples of [`BLOCK_BYTES`], and `buf` should begin on such an address.
+    fn read_past_cache_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        self.read_at(offset, buf)
+    }
+
     /// Makes the file's bytes and length durable.
     fn sync_data(&self) -> io::Result<()>;
 

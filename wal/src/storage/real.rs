@@ -125,6 +125,7 @@ impl FolderStorage {
         Ok(FolderFile {
             file,
             direct,
+            path: path.to_owned(),
             access: Access::ReadWrite,
             folder: self.folder.clone(),
         })
@@ -152,9 +153,11 @@ impl Storage for FolderStorage {
     }
 
     fn open_read(&self, name: &str) -> io::Result<FolderFile> {
+        let path = self.path_of(name)?;
         Ok(FolderFile {
-            file: File::open(self.path_of(name)?)?,
+            file: File::open(&path)?,
             direct: None,
+            path,
             access: Access::Read,
             folder: self.folder.clone(),
         })
@@ -204,6 +207,8 @@ pub struct FolderFile {
     file: File,
     /// The same file with `O_DIRECT | O_DSYNC`; none for read-only files and where not supported.
     direct: Option<File>,
+    /// Where it was opened.
+    path: PathBuf,
     access: Access,
     /// Keeps the folder locked for as long as anything in it is open.
     folder: Arc<Folder>,
@@ -245,6 +250,20 @@ impl StorageFile for FolderFile {
                 read_full_at(&self.file, offset, buf)
             }
         }
+    }
+
+    /// A file that is not written is opened for the one read, or all sealed files would hold two
+    /// descriptors each. One that has lost its name meanwhile is read as any other.
+    fn read_past_cache_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        check_aligned(offset, buf.len())?;
+        let own = match (self.folder.durable, self.access) {
+            (DurablePath::Direct, Access::Read) => open_direct_to_read(&self.path).ok(),
+            _ => None,
+        };
+        let direct = own.as_ref().or(self.direct.as_ref());
+        let is_aligned = buf.as_ptr().addr().is_multiple_of(BLOCK_BYTES);
+        let file = direct.filter(|_| is_aligned).unwrap_or(&self.file);
+        read_full_at(file, offset, buf)
     }
 
     fn sync_data(&self) -> io::Result<()> {
@@ -389,6 +408,13 @@ fn open_direct(path: &Path) -> io::Result<File> {
         .read(true)
         .write(true)
         .custom_flags(flags.bits().cast_signed())
+        .open(path)
+}
+
+fn open_direct_to_read(path: &Path) -> io::Result<File> {
+    OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
         .open(path)
 }
 

@@ -11,4 +11,5 @@ mod clean;
 mod crash;
 mod damage;
 mod golden;
+mod stretch;
 mod support;

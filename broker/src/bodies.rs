@@ -4,6 +4,8 @@
 //! consumer at the tail costs no disk; older bodies are read by a bounded number of blocking
 //! threads. Bytes of sealed segments are copied out of their maps there, never on an async worker.
 
+pub mod piece;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
@@ -15,8 +17,10 @@ use millpond_queue::Place;
 use millpond_wal::storage::Storage;
 use millpond_wal::{LogReader, ReadError, RecordBytes, Row};
 use parking_lot::RwLock;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
+use self::piece::{Piece, Wanted};
+use crate::memory::Permit;
 use crate::shard::io::Fresh;
 use crate::shard::skip_messages;
 
@@ -36,11 +40,17 @@ pub struct Run {
     pub stamp: Stamp,
     /// The messages, one behind the other.
     pub messages: Bytes,
-    /// Bytes of memory that a slice of them keeps alive.
+    /// Bytes of memory that a slice of them keeps alive and that nobody has paid for.
     pub pinned: usize,
 }
 
 impl Run {
+    /// The offset behind its last message.
+    #[must_use]
+    pub fn end(&self) -> Offset {
+        Offset(self.base.0 + u64::from(self.count))
+    }
+
     /// Takes a part, which begins where this run begins, off its front.
     pub fn drop_front(&mut self, part: &Run) {
         self.base = Offset(self.base.0 + u64::from(part.count));
@@ -164,29 +174,24 @@ impl<S: Storage> Bodies<S> {
             .await
     }
 
-    /// As `read`, for who reads on behind it.
+    /// As `read`, for who reads on behind it: what is at hand of about [`piece::BYTES`]. `paid` is kept for
+    /// as long as what was read takes memory. See [`piece::read`].
     pub async fn read_on(
         &self,
-        topic: TopicId,
-        offset: Offset,
-        count: u32,
-        bytes: usize,
-    ) -> Result<Vec<Run>, BodyError> {
-        if let Some(runs) = self.cache.read(topic, offset, count, bytes) {
-            return Ok(runs);
+        wanted: Wanted,
+        paid: Arc<Permit>,
+        tell_end: oneshot::Sender<Offset>,
+    ) -> Result<Piece, BodyError> {
+        let Wanted { topic, offset, .. } = wanted;
+        if let Some(runs) = self.cache.read(topic, offset, u32::MAX, piece::BYTES) {
+            if let Some(last) = runs.last() {
+                let _ = tell_end.send(last.end());
+            }
+            return Ok(Piece { runs, paid });
         }
         let reader = self.reader.clone();
-        self.blocking(move || {
-            let runs = read_log(&reader, topic, offset, count, bytes)?;
-            if let Some(last) = runs.last()
-                && let Ok(Some(row)) = reader.find(topic.0, last.base.0)
-            {
-                let read = runs.iter().map(|run| run.messages.len()).sum();
-                reader.reads_on(row.place, read);
-            }
-            Ok(runs)
-        })
-        .await
+        self.blocking(move || piece::read(&reader, wanted, paid, tell_end))
+            .await
     }
 
     /// One record's bytes, for the story of a dead letter.
@@ -305,17 +310,21 @@ fn read_row<S: Storage>(
         Err(ReadError::Damaged { .. }) => return Err(damaged()),
         Err(error) => return Err(BodyError::Io(error.to_string())),
     };
-    if record.body.len() < PUBLISH_FIXED_BYTES {
-        return Err(damaged());
-    }
-    let messages = skip_messages(&record.body.slice(PUBLISH_FIXED_BYTES..), row.skip);
     let pinned = record.body.len();
-    Ok(Run {
-        pinned,
+    run_of(&record, row, pinned).ok_or_else(damaged)
+}
+
+/// The messages of a record that its row accepted.
+fn run_of(record: &RecordBytes, row: &Row, pinned: usize) -> Option<Run> {
+    if record.body.len() < PUBLISH_FIXED_BYTES {
+        return None;
+    }
+    Some(Run {
         base: Offset(row.base),
         count: row.count,
         stamp: Stamp(row.stamp),
-        messages,
+        messages: skip_messages(&record.body.slice(PUBLISH_FIXED_BYTES..), row.skip),
+        pinned,
     })
 }
 

@@ -1,24 +1,24 @@
-//! Reading ahead of one consumer: while a frame is being sent, the next bodies come off the disk.
+//! Reading ahead of one consumer: while frames are being sent, the next bodies come off the disk.
 //!
 //! Only for who reads one topic in offset order and misses the cache of recent bodies; retries and
-//! consumers at the tail read what they need and no more. Holds at most two pieces of `PIECE_BYTES`,
+//! consumers at the tail read what they need and no more. A disk gives its best when it is asked for
+//! several pieces at once, so up to `PIECES_MAX` are read or held beyond the one that is being sent. Each is
 //! paid for from the memory budget; where there is no memory, nothing is read ahead.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
 use millpond_protocol::{Offset, TopicId};
 use millpond_wal::storage::Storage;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
-use crate::bodies::{Bodies, BodyError, RECORD_BYTES_FREE, Run};
+use crate::bodies::piece::{self, Piece};
+use crate::bodies::{Bodies, BodyError, Run};
 use crate::memory::{Class, MemoryBudget, Permit, Share};
 
-/// Bytes of bodies that are read at once for a sequential reader.
-const AHEAD_BYTES: usize = 1 << 20;
-/// Bytes that a piece may take: its last record is read whole.
-const PIECE_BYTES: u64 = AHEAD_BYTES as u64 + RECORD_BYTES_FREE as u64;
-/// Messages that are read at once.
-const AHEAD_MESSAGES: u32 = 16_384;
+/// Pieces that are being read or wait to be sent.
+const PIECES_MAX: usize = 3;
 
 /// One consumer's reading position and what has been read beyond it.
 pub struct Ahead<S: Storage> {
@@ -28,16 +28,17 @@ pub struct Ahead<S: Storage> {
     topic: TopicId,
     /// The end of the last read: who asks for it reads on.
     end: Offset,
+    /// About what a message has, by the last read.
+    message_bytes: usize,
     held: VecDeque<Run>,
-    coming: Option<(Offset, JoinHandle<Result<Piece, BodyError>>)>,
     /// Pays for what is held.
-    paid: Option<Permit>,
+    paid: Option<Arc<Permit>>,
+    /// The pieces behind it, in order.
+    coming: Option<mpsc::Receiver<Coming>>,
 }
 
-struct Piece {
-    runs: Vec<Run>,
-    permit: Option<Permit>,
-}
+/// A piece that is being read, and the offset it begins with.
+type Coming = (Offset, JoinHandle<Result<Piece, BodyError>>);
 
 impl<S: Storage> Ahead<S> {
     pub fn new(bodies: Bodies<S>, memory: MemoryBudget, share: Share) -> Self {
@@ -47,9 +48,10 @@ impl<S: Storage> Ahead<S> {
             share,
             topic: TopicId(0),
             end: Offset(0),
+            message_bytes: 0,
             held: VecDeque::new(),
-            coming: None,
             paid: None,
+            coming: None,
         }
     }
 
@@ -62,15 +64,16 @@ impl<S: Storage> Ahead<S> {
         bytes: usize,
     ) -> Result<Vec<Run>, BodyError> {
         if let Some(runs) = self.bodies.cached(topic, offset, count, bytes) {
-            self.end = end_of(&runs);
             self.topic = topic;
+            self.took(&runs);
             return Ok(runs);
         }
         let reads_on = topic == self.topic && offset == self.end;
         if !reads_on {
             self.forget();
             let runs = self.bodies.read(topic, offset, count, bytes).await?;
-            (self.topic, self.end) = (topic, end_of(&runs));
+            self.topic = topic;
+            self.took(&runs);
             return Ok(runs);
         }
         if self.held.is_empty() {
@@ -81,48 +84,46 @@ impl<S: Storage> Ahead<S> {
             self.forget();
             return self.bodies.read(topic, offset, count, bytes).await;
         }
-        self.end = end_of(&runs);
+        self.took(&runs);
         Ok(runs)
     }
 
-    /// Waits for the piece at `offset` and has the one behind it read meanwhile. A piece that could
-    /// not be read counts for nothing: it was asked for before its messages were, perhaps too early.
-    async fn fetch(&mut self, offset: Offset) {
-        if self.coming.as_ref().is_none_or(|(at, _)| *at != offset) {
-            self.start(offset);
-        }
-        let Some((_, task)) = &mut self.coming else {
-            return;
-        };
-        let piece = task.await;
-        self.coming = None;
-        if let Ok(Ok(Piece { runs, permit })) = piece {
-            self.held = runs.into();
-            self.paid = permit;
-            if let Some(last) = self.held.back() {
-                self.start(Offset(last.base.0 + u64::from(last.count)));
-            }
-        }
+    fn took(&mut self, runs: &[Run]) {
+        let Some(last) = runs.last() else { return };
+        self.end = last.end();
+        self.message_bytes = last.messages.len() / (last.count as usize).max(1);
     }
 
-    fn start(&mut self, offset: Offset) {
-        let Some(permit) = self
-            .memory
-            .try_acquire(PIECE_BYTES, Class::Outbound, &self.share)
-        else {
-            return;
+    /// Waits for the piece at `offset`. One that could not be read counts for nothing: it was asked for
+    /// before its messages were, perhaps too early.
+    async fn fetch(&mut self, offset: Offset) {
+        let coming = self.coming.get_or_insert_with(|| {
+            let (pieces, coming) = mpsc::channel(PIECES_MAX - 1);
+            let next = Reading {
+                bodies: self.bodies.clone(),
+                memory: self.memory.clone(),
+                share: self.share.clone(),
+                topic: self.topic,
+                message_bytes: self.message_bytes,
+                pieces,
+            };
+            tokio::spawn(next.on_from(offset));
+            coming
+        });
+        let piece = match coming.recv().await {
+            Some((at, task)) if at == offset => task.await,
+            _ => {
+                self.coming = None;
+                return;
+            }
         };
-        let (bodies, topic) = (self.bodies.clone(), self.topic);
-        let read = async move {
-            let runs = bodies
-                .read_on(topic, offset, AHEAD_MESSAGES, AHEAD_BYTES)
-                .await?;
-            Ok(Piece {
-                runs,
-                permit: Some(permit),
-            })
-        };
-        self.coming = Some((offset, tokio::spawn(read)));
+        match piece {
+            Ok(Ok(Piece { runs, paid })) => {
+                self.held = runs.into();
+                self.paid = Some(paid);
+            }
+            _ => self.coming = None,
+        }
     }
 
     /// The part of what is held from `offset` on.
@@ -150,22 +151,53 @@ impl<S: Storage> Ahead<S> {
         runs
     }
 
-    fn forget(&mut self) {
+    /// Whether memory is held for what may be wanted next.
+    pub fn holds(&self) -> bool {
+        self.paid.is_some() || self.coming.is_some()
+    }
+
+    /// Gives that memory up; what was read is read again if it is wanted.
+    pub fn forget(&mut self) {
         self.held.clear();
         self.paid = None;
-        if let Some((_, task)) = self.coming.take() {
-            task.abort();
+        self.coming = None;
+    }
+}
+
+/// Has one piece read after the other, until nobody takes them, one cannot be read or memory is short.
+struct Reading<S: Storage> {
+    bodies: Bodies<S>,
+    memory: MemoryBudget,
+    share: Share,
+    topic: TopicId,
+    message_bytes: usize,
+    pieces: mpsc::Sender<Coming>,
+}
+
+impl<S: Storage> Reading<S> {
+    async fn on_from(self, mut offset: Offset) {
+        while let Ok(slot) = self.pieces.reserve().await {
+            let bytes = piece::BYTES_MAX as u64;
+            let paid = self.memory.try_acquire(bytes, Class::Outbound, &self.share);
+            let Some(paid) = paid.map(Arc::new) else {
+                return;
+            };
+            let (tell_end, end) = oneshot::channel();
+            let (bodies, topic, message_bytes) =
+                (self.bodies.clone(), self.topic, self.message_bytes);
+            let read = async move {
+                let wanted = piece::Wanted {
+                    topic,
+                    offset,
+                    message_bytes,
+                };
+                bodies.read_on(wanted, paid, tell_end).await
+            };
+            slot.send((offset, tokio::spawn(read)));
+            match end.await {
+                Ok(end) => offset = end,
+                Err(_) => return,
+            }
         }
     }
-}
-
-impl<S: Storage> Drop for Ahead<S> {
-    fn drop(&mut self) {
-        self.forget();
-    }
-}
-
-fn end_of(runs: &[Run]) -> Offset {
-    runs.last()
-        .map_or(Offset(0), |run| Offset(run.base.0 + u64::from(run.count)))
 }

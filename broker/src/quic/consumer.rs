@@ -16,7 +16,7 @@ use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::ahead::Ahead;
 use super::both::both;
@@ -24,12 +24,16 @@ use super::connection::Peer;
 use super::deliver::{Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Registered, control, random_u64};
+use crate::bodies::piece;
 use crate::mailbox::Mailbox;
 use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
 
 /// How long a frame may wait for its peer to read once others want its memory.
 pub const DEPARTURE: Duration = Duration::from_secs(2);
+
+/// How long what was read ahead is kept for a consumer that gets nothing.
+const AHEAD_IDLE: Duration = Duration::from_secs(1);
 
 /// Longest that anything may wait for its peer to read. By then messages that were handed out have been
 /// called back and may have been handed out again, and what tells of that gathers behind it.
@@ -197,6 +201,10 @@ impl<S: Storage> Sender<'_, S> {
                 tokio::select! {
                     output = outputs.recv() => Some(output),
                     Ok(()) = self.credit.changed() => None,
+                    () = sleep(AHEAD_IDLE), if self.ahead.holds() => {
+                        self.ahead.forget();
+                        None
+                    }
                 }
             };
             // Boxed what is sent, because an idle consumer would keep the size of a busy one.
@@ -257,6 +265,10 @@ impl<S: Storage> Sender<'_, S> {
     /// Reads and sends one frame's worth of what is pending.
     async fn send_some(&mut self) -> Result<(), StreamError> {
         let bytes = self.room().min(self.frame_bytes).max(self.next_bytes);
+        if bytes > piece::BYTES as u64 {
+            // It may have to wait for the memory that is held here.
+            self.ahead.forget();
+        }
         let permit = self
             .context
             .memory

@@ -276,6 +276,8 @@ async fn settle(session: &Session, send: &mut SendStream) -> StreamEnd {
         if let Err(end) = put(send, bytes).await {
             return end;
         }
+        // As in `grant`.
+        tokio::task::yield_now().await;
     }
 }
 

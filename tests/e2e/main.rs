@@ -13,6 +13,7 @@ mod limits;
 mod producers;
 mod queue_mode;
 mod raw;
+mod replay;
 mod restart;
 mod schedule;
 mod start;

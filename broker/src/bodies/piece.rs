@@ -101,3 +101,110 @@ fn runs_of(stretch: &Stretch, rows: &[Row], offset: Offset) -> Vec<Run> {
     }
     runs
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::BytesMut;
+    use millpond_protocol::{Message, Sequence};
+    use millpond_queue::PUBLISH_FIXED_BYTES;
+    use millpond_wal::sim::SimStorage;
+    use millpond_wal::{Log, Options, Place};
+
+    use super::*;
+    use crate::config::MemoryConfig;
+    use crate::memory::{Class, MemoryBudget};
+
+    const MINE: TopicId = TopicId(3);
+    const MESSAGE_BYTES: usize = 1_000;
+
+    /// A log in small segments, an entry for each of these batches of messages.
+    fn log(batches: impl IntoIterator<Item = (TopicId, u32)>) -> Log<SimStorage> {
+        let options = Options {
+            segment_bytes: 1 << 20,
+            ..Options::default()
+        };
+        let mut log = Log::open(SimStorage::new(1), options).unwrap().log;
+        log.replay(|_, _| Ok::<(), std::convert::Infallible>(()))
+            .unwrap();
+        let mut next = std::collections::BTreeMap::new();
+        for (topic, count) in batches {
+            let base: &mut u64 = next.entry(topic).or_default();
+            let mut messages = BytesMut::zeroed(PUBLISH_FIXED_BYTES);
+            for nth in 0..u64::from(count) {
+                Message::new(vec![(*base + nth) as u8; MESSAGE_BYTES])
+                    .encode(Sequence(*base + nth + 1), &mut messages);
+            }
+            let mut group = log.new_group();
+            group.push(1, 1, &[&messages]);
+            let index = log.append_durable(group).unwrap().index;
+            log.add_row(Row {
+                topic: topic.0,
+                base: *base,
+                count,
+                skip: 0,
+                place: Place { index, record: 0 },
+                stamp: 1,
+            });
+            log.set_applied(index);
+            *base += u64::from(count);
+        }
+        while let Some(job) = log.seal_job() {
+            log.install_sealed(job.run().unwrap()).unwrap();
+        }
+        log
+    }
+
+    fn wanted(offset: u64) -> Wanted {
+        Wanted {
+            topic: MINE,
+            offset: Offset(offset),
+            message_bytes: MESSAGE_BYTES,
+        }
+    }
+
+    fn paid() -> (MemoryBudget, Arc<Permit>) {
+        let budget = MemoryBudget::new(&MemoryConfig::default());
+        let share = budget.connection(None);
+        let permit = budget.try_acquire(BYTES_MAX as u64, Class::Outbound, &share);
+        (budget, Arc::new(permit.unwrap()))
+    }
+
+    #[test]
+    fn a_topic_that_fills_the_log_is_read_at_once_and_paid_for_until_its_memory_is_free() {
+        let log = log((0..40).map(|_| (MINE, 50)));
+        let (budget, paid) = paid();
+        let (tell_end, mut end) = oneshot::channel();
+        assert!(side_by_side(&log.reader(), wanted(20)).is_some());
+        let piece = read(&log.reader(), wanted(20), paid, tell_end).unwrap();
+        let last = piece.runs.last().unwrap().end();
+        assert_eq!(end.try_recv(), Ok(last));
+        assert!(last.0 > 400, "most of a segment, {last}");
+        let mut next = Offset(20);
+        for run in &piece.runs {
+            assert_eq!(run.base, next);
+            next = run.end();
+        }
+        let slice = piece.runs[0].messages.slice(..10);
+        drop(piece);
+        assert_eq!(budget.used(Class::Outbound), BYTES_MAX as u64);
+        drop(slice);
+        assert_eq!(budget.used(Class::Outbound), 0);
+    }
+
+    #[test]
+    fn a_topic_that_is_strewn_over_the_log_is_read_record_by_record() {
+        let log = log((0..40).map(|nth| {
+            if nth % 3 == 0 {
+                (MINE, 1)
+            } else {
+                (TopicId(9), 20)
+            }
+        }));
+        assert!(side_by_side(&log.reader(), wanted(0)).is_none());
+        let (_budget, paid) = paid();
+        let (tell_end, mut end) = oneshot::channel();
+        let piece = read(&log.reader(), wanted(0), paid, tell_end).unwrap();
+        assert!(!piece.runs.is_empty());
+        assert_eq!(end.try_recv(), Ok(piece.runs.last().unwrap().end()));
+    }
+}

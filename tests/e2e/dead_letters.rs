@@ -49,6 +49,33 @@ async fn a_failing_message_comes_back_and_ends_as_a_dead_letter_that_tells_why()
 }
 
 #[tokio::test]
+async fn a_message_that_is_only_ever_handed_back_ends_as_a_letter_that_tells_why() {
+    let (broker, client) = broker().await;
+    let config = SubscriptionConfig {
+        max_deliveries: 2,
+        ..quick_retries(1, 1)
+    };
+    let mut consumer = subscribe(&client, "billing", config).await;
+    publish(&client, &["unwanted"]).await;
+    for _ in 0..2 {
+        let delivery = next(&mut consumer).await;
+        delivery.release(Some(Duration::ZERO)).await.unwrap();
+    }
+    until(&client, |billing| billing.dead == 1).await;
+    let page = letters(&client).await;
+    let letter = &page[0];
+    assert_eq!(
+        (letter.reason, letter.failures, letter.error.as_str()),
+        (
+            DeadReason::MaxDeliveries,
+            0,
+            "it was handed out too often without being finished"
+        )
+    );
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_redrive_takes_only_what_its_filter_names() {
     let (broker, client) = broker().await;
     let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;

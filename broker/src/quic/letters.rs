@@ -2,7 +2,7 @@
 //! holds its last settlement. The message itself stays untouched.
 
 use bytes::{Bytes, BytesMut};
-use millpond_protocol::control::{DeadLetterView, HistoryView, Outcome};
+use millpond_protocol::control::{DeadLetterView, DeadReason, HistoryView, Outcome};
 use millpond_protocol::limits::HISTORY_MAX;
 use millpond_protocol::message::put_header;
 use millpond_protocol::{Offset, Stamp};
@@ -24,7 +24,7 @@ pub struct Story {
 pub async fn story<S: Storage>(bodies: &Bodies<S>, letter: &Letter) -> Story {
     match bodies.record(letter.place).await {
         Ok(RecordBytes { kind, stamp, body }) => match Record::decode(kind, &body) {
-            Ok(record) => from_record(&record, Stamp(stamp), letter),
+            Ok(record) => or_why(from_record(&record, Stamp(stamp), letter), letter),
             Err(error) => unreadable(&error),
         },
         Err(error) => unreadable(&error),
@@ -70,11 +70,19 @@ fn from_record(record: &Record<'_>, stamp: Stamp, letter: &Letter) -> Story {
             code: 0,
             history: story.history.clone(),
         },
-        Record::Lease { .. } => words("it was handed out too often without being finished"),
         Record::Damaged { .. } => words("its bytes are damaged on disk"),
         Record::Trim { .. } => words("the topic reached its limit"),
         _ => Story::default(),
     }
+}
+
+/// Who hands a message back has no words for it, and may have done so once too often.
+fn or_why(story: Story, letter: &Letter) -> Story {
+    if story.text.is_empty() && letter.reason == DeadReason::MaxDeliveries {
+        let text = "it was handed out too often without being finished".to_owned();
+        return Story { text, ..story };
+    }
+    story
 }
 
 /// The settlement itself is the last of its history; its record's stamp says when it was.

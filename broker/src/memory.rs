@@ -278,6 +278,13 @@ impl MemoryBudget {
         others.any(|part| part.waiting.load(Ordering::Relaxed) > 0)
     }
 
+    /// Whether anybody waits for what `share` has, itself included.
+    #[must_use]
+    pub fn is_short(&self, share: &Share) -> bool {
+        let mut parts = self.parts(share).into_iter().flatten();
+        parts.any(|part| part.waiting.load(Ordering::Relaxed) > 0)
+    }
+
     /// How full the whole budget is.
     #[must_use]
     pub fn pressure(&self) -> Pressure {

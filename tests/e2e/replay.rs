@@ -1,6 +1,10 @@
 //! A backlog that is read from the disk, in order: nothing missing, nothing twice, every byte as sent.
 
-use millpond_client::{Client, Message, Offset, StartAt, SubscriptionConfig, TopicConfig};
+use std::time::Duration;
+
+use millpond_client::{
+    Client, Message, Offset, Producer, StartAt, StreamSubscription, SubscriptionConfig, TopicConfig,
+};
 use tokio::time::timeout;
 
 use crate::common::{PATIENCE, broker_with, connect};
@@ -92,5 +96,77 @@ async fn a_queue_hands_a_backlog_out_once_although_some_of_it_comes_back_between
         }
     }
     billing.close().await;
+    broker.shutdown().await.unwrap();
+}
+
+/// More than one piece of what is read ahead, and than the cache of recent bodies has room for.
+const MANY: u64 = 30_000;
+
+/// At the smallest budget, in which an answer of the largest size needs all that a connection has for large
+/// ones: a stream that begins with a backlog, and who publishes by another connection.
+async fn narrow() -> (
+    millpond_broker::EmbeddedBroker,
+    Client,
+    StreamSubscription,
+    Producer,
+) {
+    let (broker, client) = broker_with(|config| config.memory.budget_bytes = 192 << 20).await;
+    let other = connect(&broker).await;
+    let orders = other.producer("orders").open().await.unwrap();
+    for n in 0..MANY {
+        drop(orders.enqueue(Message::new(payload(n))).await.unwrap());
+    }
+    orders.flush().await.unwrap();
+    let ledger = client
+        .subscribe("orders", "ledger")
+        .create(SubscriptionConfig::default(), StartAt::Earliest)
+        .open_stream()
+        .await
+        .unwrap();
+    (broker, client, ledger, orders)
+}
+
+async fn peeks_in_time(client: &Client) {
+    let page = timeout(PATIENCE / 4, client.peek("orders", Offset(0), 10)).await;
+    assert_eq!(page.expect("in time").unwrap().messages.len(), 10);
+}
+
+#[tokio::test]
+async fn a_stream_that_has_caught_up_holds_no_memory_that_others_want() {
+    let (broker, client, mut ledger, orders) = narrow().await;
+    for n in 0..MANY {
+        let message = timeout(PATIENCE, ledger.next()).await.unwrap();
+        assert_eq!(message.unwrap().unwrap().offset(), Offset(n));
+    }
+    let listening = tokio::spawn(async move { while let Some(Ok(_)) = ledger.next().await {} });
+    // It is never idle for long.
+    let publishing = tokio::spawn(async move {
+        for n in MANY.. {
+            orders.send(Message::new(payload(n))).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    peeks_in_time(&client).await;
+    publishing.abort();
+    listening.abort();
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_that_is_read_slowly_gives_up_memory_that_others_want() {
+    let (broker, client, mut ledger, _orders) = narrow().await;
+    let listening = tokio::spawn(async move {
+        let mut taken = 0;
+        while let Some(Ok(_)) = ledger.next().await {
+            taken += 1;
+            if taken > MANY / 10 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
+    });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    peeks_in_time(&client).await;
+    listening.abort();
     broker.shutdown().await.unwrap();
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use millpond_protocol::{Offset, TopicId};
 use millpond_wal::storage::Storage;
 use tokio::sync::{mpsc, oneshot};
-use tokio::task::JoinHandle;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::bodies::piece::{self, Piece};
 use crate::bodies::{Bodies, BodyError, Run};
@@ -19,6 +19,8 @@ use crate::memory::{Class, MemoryBudget, Permit, Share};
 
 /// Pieces that are being read or wait to be sent.
 const PIECES_MAX: usize = 3;
+/// Pieces that are read before it is looked at anew how large messages are.
+const PIECES_IN_ALL: usize = 64;
 
 /// One consumer's reading position and what has been read beyond it.
 pub struct Ahead<S: Storage> {
@@ -38,7 +40,7 @@ pub struct Ahead<S: Storage> {
 }
 
 /// A piece that is being read, and the offset it begins with.
-type Coming = (Offset, JoinHandle<Result<Piece, BodyError>>);
+type Coming = (Offset, AbortOnDropHandle<Result<Piece, BodyError>>);
 
 impl<S: Storage> Ahead<S> {
     pub fn new(bodies: Bodies<S>, memory: MemoryBudget, share: Share) -> Self {
@@ -64,6 +66,8 @@ impl<S: Storage> Ahead<S> {
         bytes: usize,
     ) -> Result<Vec<Run>, BodyError> {
         if let Some(runs) = self.bodies.cached(topic, offset, count, bytes) {
+            // What is read ahead of there is stale.
+            self.forget();
             self.topic = topic;
             self.took(&runs);
             return Ok(runs);
@@ -82,7 +86,9 @@ impl<S: Storage> Ahead<S> {
         let runs = self.take(offset, count, bytes);
         if runs.is_empty() {
             self.forget();
-            return self.bodies.read(topic, offset, count, bytes).await;
+            let runs = self.bodies.read(topic, offset, count, bytes).await?;
+            self.took(&runs);
+            return Ok(runs);
         }
         self.took(&runs);
         Ok(runs)
@@ -176,7 +182,10 @@ struct Reading<S: Storage> {
 
 impl<S: Storage> Reading<S> {
     async fn on_from(self, mut offset: Offset) {
-        while let Ok(slot) = self.pieces.reserve().await {
+        for _ in 0..PIECES_IN_ALL {
+            let Ok(slot) = self.pieces.reserve().await else {
+                return;
+            };
             let bytes = piece::BYTES_MAX as u64;
             let paid = self.memory.try_acquire(bytes, Class::Outbound, &self.share);
             let Some(paid) = paid.map(Arc::new) else {
@@ -193,7 +202,7 @@ impl<S: Storage> Reading<S> {
                 };
                 bodies.read_on(wanted, paid, tell_end).await
             };
-            slot.send((offset, tokio::spawn(read)));
+            slot.send((offset, AbortOnDropHandle::new(tokio::spawn(read))));
             match end.await {
                 Ok(end) => offset = end,
                 Err(_) => return,

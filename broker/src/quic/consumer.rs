@@ -16,7 +16,7 @@ use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
 use millpond_queue::StartPosition;
 use millpond_wal::storage::Storage;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 
 use super::ahead::Ahead;
 use super::both::both;
@@ -24,7 +24,6 @@ use super::connection::Peer;
 use super::deliver::{Gathered, gather};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Registered, control, random_u64};
-use crate::bodies::piece;
 use crate::mailbox::Mailbox;
 use crate::memory::Class;
 use crate::shard::io::{Handout, Input, Opened, Output, StreamId};
@@ -91,6 +90,7 @@ async fn session<S: Storage>(
             ),
             credit,
             sent: Credit::default(),
+            sent_at: Instant::now(),
             pending: VecDeque::new(),
             frame_bytes: context.memory.frame_bytes(),
             next_bytes: 0,
@@ -184,6 +184,8 @@ struct Sender<'a, S: Storage> {
     ahead: Ahead<S>,
     credit: watch::Receiver<Credit>,
     sent: Credit,
+    /// When the last frame was begun.
+    sent_at: Instant,
     /// Handed out, not yet sent. Bounded by the consumer's message credit.
     pending: VecDeque<Handout>,
     /// Bytes of messages after which a frame is closed.
@@ -201,7 +203,7 @@ impl<S: Storage> Sender<'_, S> {
                 tokio::select! {
                     output = outputs.recv() => Some(output),
                     Ok(()) = self.credit.changed() => None,
-                    () = sleep(AHEAD_IDLE), if self.ahead.holds() => {
+                    () = sleep_until(self.sent_at + AHEAD_IDLE), if self.ahead.holds() => {
                         self.ahead.forget();
                         None
                     }
@@ -249,7 +251,11 @@ impl<S: Storage> Sender<'_, S> {
     /// reading; its stream cannot carry a reason in the middle of a frame, so the code must do.
     async fn write_in_time(&mut self, pieces: &mut [Bytes]) -> Result<(), StreamError> {
         let writing = self.writer.write_pieces(pieces);
-        let is_wanted = || self.context.memory.is_wanted(&self.peer.share);
+        let is_wanted = || {
+            // Whoever takes so long needs nothing read ahead.
+            self.ahead.forget();
+            self.context.memory.is_wanted(&self.peer.share)
+        };
         match departs(writing, DEPARTURE, STALLED_MAX, is_wanted).await {
             Some(written) => written,
             None => self.break_off(),
@@ -265,16 +271,20 @@ impl<S: Storage> Sender<'_, S> {
     /// Reads and sends one frame's worth of what is pending.
     async fn send_some(&mut self) -> Result<(), StreamError> {
         let bytes = self.room().min(self.frame_bytes).max(self.next_bytes);
-        if bytes > piece::BYTES as u64 {
-            // It may have to wait for the memory that is held here.
+        let (memory, share) = (&self.context.memory, &self.peer.share);
+        self.sent_at = Instant::now();
+        if memory.is_short(share) {
             self.ahead.forget();
         }
-        let permit = self
-            .context
-            .memory
-            .acquire(bytes, Class::Outbound, &self.peer.share)
-            .await;
-        let _permit = permit.map_err(WireError::from)?;
+        let _permit = match memory.try_acquire(bytes, Class::Outbound, share) {
+            Some(permit) => permit,
+            None => {
+                // It may have to wait for the memory that is held here.
+                self.ahead.forget();
+                let permit = memory.acquire(bytes, Class::Outbound, share).await;
+                permit.map_err(WireError::from)?
+            }
+        };
         let gathered = gather(self.context, &mut self.ahead, &mut self.pending, bytes).await?;
         let Gathered {
             frame,
@@ -320,7 +330,7 @@ pub async fn departs<T>(
     writing: impl Future<Output = T>,
     every: Duration,
     most: Duration,
-    is_wanted: impl Fn() -> bool,
+    mut is_wanted: impl FnMut() -> bool,
 ) -> Option<T> {
     tokio::pin!(writing);
     let began = Instant::now();

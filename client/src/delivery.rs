@@ -1,6 +1,6 @@
 //! A message as a consumer gets it: slices of the received frame, never a copy.
 
-use bytes::Bytes;
+use bytes::{Buf, Bytes};
 use millpond_protocol::hot::{DeliverMeta, Delivered};
 use millpond_protocol::message::{FIXED_BYTES, Headers};
 use millpond_protocol::{MessageView, Offset, Stamp};
@@ -10,11 +10,11 @@ use millpond_protocol::{MessageView, Offset, Stamp};
 pub struct Received {
     pub(crate) meta: DeliverMeta,
     extra: Bytes,
-    /// Key and headers in the message's layout, behind its fixed part.
-    message: Bytes,
+    /// Key and headers, in the message's layout.
+    front: Bytes,
     key_bytes: usize,
-    headers_end: usize,
     payload: Bytes,
+    is_damaged: bool,
 }
 
 impl Received {
@@ -22,30 +22,32 @@ impl Received {
         let Delivered {
             meta,
             extra,
-            message,
+            message: mut rest,
         } = delivered;
-        let (key_bytes, payload_bytes) = match MessageView::split(&message) {
-            Ok((view, [])) => (view.key().len(), view.payload().len()),
+        let parts = match MessageView::split(&rest) {
+            Ok((view, [])) => Some((view.key().len(), view.payload().len())),
             // The broker shows no bytes of a message that is damaged.
-            _ => {
-                return Self {
-                    meta,
-                    extra,
-                    message: Bytes::new(),
-                    key_bytes: 0,
-                    headers_end: 0,
-                    payload: Bytes::new(),
-                };
-            }
+            _ => None,
         };
-        let headers_end = message.len() - payload_bytes;
+        let (key_bytes, payload_bytes) = parts.unwrap_or_default();
+        if parts.is_none() {
+            rest.clear();
+        }
+        // A slice counts references, which two threads share: only what has bytes is one.
+        rest.advance(rest.len().min(FIXED_BYTES));
+        let front_bytes = rest.len() - payload_bytes;
+        let front = if front_bytes == 0 {
+            Bytes::new()
+        } else {
+            rest.split_to(front_bytes)
+        };
         Self {
             meta,
             extra,
+            front,
             key_bytes,
-            headers_end,
-            payload: message.slice(headers_end..),
-            message,
+            payload: rest,
+            is_damaged: parts.is_none(),
         }
     }
 
@@ -64,14 +66,12 @@ impl Received {
     /// The key it was published with; empty if none.
     #[must_use]
     pub fn key(&self) -> &[u8] {
-        let end = FIXED_BYTES + self.key_bytes;
-        self.message.get(FIXED_BYTES..end).unwrap_or_default()
+        self.front.get(..self.key_bytes).unwrap_or_default()
     }
 
     /// The broker's headers (their names begin with `mp-`), then the publisher's.
     pub fn headers(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        let start = FIXED_BYTES + self.key_bytes;
-        let own = self.message.get(start..self.headers_end);
+        let own = self.front.get(self.key_bytes..);
         Headers::new(&self.extra)
             .chain(Headers::new(own.unwrap_or_default()))
             .filter_map(Result::ok)
@@ -93,7 +93,7 @@ impl Received {
     /// True if the stored bytes are damaged and cannot be shown.
     #[must_use]
     pub fn is_damaged(&self) -> bool {
-        self.message.is_empty()
+        self.is_damaged
     }
 }
 

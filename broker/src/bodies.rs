@@ -61,6 +61,10 @@ impl Run {
     /// The part from `offset` on, at most `count` messages and `bytes` bytes, but at least one message.
     #[must_use]
     pub fn part(&self, offset: Offset, count: u32, bytes: usize) -> Run {
+        if offset == self.base && count >= self.count && bytes >= self.messages.len() {
+            // All of it, and its messages need not be looked at.
+            return self.clone();
+        }
         let skip = offset
             .0
             .saturating_sub(self.base.0)

@@ -161,21 +161,21 @@ impl Builder {
                 self.extras.extend_from_slice(extra);
                 (taken, rest) = (taken + 1, behind);
             }
-            self.body(body);
+            self.body(body, body.messages.len() - rest.len());
         }
         self.count += taken;
         taken
     }
 
-    fn body(&mut self, run: &Run) {
-        let bytes = run.messages.len();
+    /// Adds the first bytes of a run: those of the messages that have a meta.
+    fn body(&mut self, run: &Run, bytes: usize) {
         self.bytes += bytes;
         if bytes < COPY_BYTES_MAX || bytes < run.pinned / 2 {
-            self.small.put_slice(&run.messages);
+            self.small.put_slice(&run.messages[..bytes]);
             return;
         }
         self.close_small();
-        self.bodies.push(run.messages.clone());
+        self.bodies.push(run.messages.slice(..bytes));
     }
 
     fn close_small(&mut self) {

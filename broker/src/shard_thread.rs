@@ -1,9 +1,10 @@
 //! The thread that owns the shard: takes inputs, commits, answers, and hands long work to the
 //! upkeep thread. Everything that leaves goes through `Router`.
 //!
-//! One round: drain what has come in (up to a full group), commit it if anybody waits, answer, let
-//! the queue hand out, answer again. Writing inline, without a log thread, saves two thread hops a
-//! commit; what comes in during a sync gathers in the inbox and makes the next group.
+//! One round: drain what has come in (up to a full group), let the queue hand out, commit if anybody
+//! waits, answer, let the queue hand out what is new, answer again. Writing inline, without a log
+//! thread, saves two thread hops a commit; what comes in during a sync gathers in the inbox and makes
+//! the next group.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -225,6 +226,8 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
             if let Some(stop) = self.take_in(first)? {
                 return Ok(Some(stop));
             }
+            self.shard.dispatch_early(&mut self.out);
+            self.router.flush(&mut self.out);
             self.shard.commit_if_due(&mut self.out)?;
             self.shard.wake();
             self.router.flush(&mut self.out);

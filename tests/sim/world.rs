@@ -471,6 +471,8 @@ impl World {
                 break;
             }
         }
+        shard.dispatch_early(&mut self.out);
+        self.flush(shard);
         shard.commit_if_due(&mut self.out)?;
         shard.wake();
         self.is_powered()?;

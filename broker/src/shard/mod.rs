@@ -126,6 +126,8 @@ pub struct Shard<S: Storage, C: Clock> {
     refused: Vec<input::Refused>,
     /// Somebody waits for the open group.
     awaited: bool,
+    /// The open group may change who is there and what is there: no lease may be put behind that.
+    upsets: bool,
     /// When the first record of a group that nobody waits for was put in.
     idle_since_us: u64,
     /// When the open group is tried again, while a full disk holds it back.
@@ -194,7 +196,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             bytes,
             sync_us,
         });
-        self.awaited = false;
+        (self.awaited, self.upsets) = (false, false);
         self.vouch_since_us = Some(after);
         self.apply_group(&appended, out)?;
         self.log.set_applied(appended.index);
@@ -393,6 +395,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     /// Puts a record into the open group; somebody waits for it.
     fn push(&mut self, record: &Record<'_>, origin: Origin) {
         self.awaited = true;
+        self.upsets |= !matches!(
+            record,
+            Record::Publish { .. } | Record::Settle { .. } | Record::Commit { .. }
+        );
         self.put(record, origin);
     }
 

@@ -129,6 +129,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             touched: None,
             refused: Vec::new(),
             awaited: false,
+            upsets: false,
             idle_since_us: 0,
             held_until_us: None,
             vouch_since_us: None,

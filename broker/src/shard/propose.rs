@@ -25,6 +25,14 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         self.proposals = proposals;
     }
 
+    /// The same before the open group is committed: what a consumer has just asked for is on its way during
+    /// the sync, and its leases are in this group. Not if what the group holds might make them void.
+    pub fn dispatch_early(&mut self, out: &mut Outbox<S>) {
+        if self.awaited && !self.upsets {
+            self.dispatch(out);
+        }
+    }
+
     fn propose(&mut self, proposal: Proposal, out: &mut Outbox<S>) {
         match proposal {
             Proposal::Lease {

@@ -40,6 +40,7 @@ mod spread;
 mod verdict;
 mod waiting;
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -51,13 +52,16 @@ use crate::report::Report;
 
 fn main() -> Result<ExitCode> {
     let args = Args::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()?;
     if let Some(role) = args.child {
-        runtime.block_on(server::serve(role, &args))?;
+        millpond_broker::runtime()?.block_on(server::serve(role, &args))?;
         return Ok(ExitCode::SUCCESS);
     }
+    // Both sides share the machine, so each takes half of it.
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads((cores / 2).max(1))
+        .enable_all()
+        .build()?;
     let plan = args.plan()?;
     let facts = Facts::gather(&plan)?;
     // The load is driven from this thread, which is no worker of the runtime: a task that enqueues

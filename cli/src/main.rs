@@ -54,18 +54,19 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, global: &Global) -> Result<(), Failure> {
-    let runtime = || {
-        tokio::runtime::Builder::new_multi_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| Failure::System {
-                what: "cannot start threads",
-                error,
-            })
+    let started = |runtime: std::io::Result<Runtime>| {
+        runtime.map_err(|error| Failure::System {
+            what: "cannot start threads",
+            error,
+        })
     };
+    let runtime = || started(Runtime::new());
     match command {
         Command::Log(command) => log::run(&command, global.output),
-        Command::Serve(args) => finish(runtime()?, serve::run(args, global)),
+        Command::Serve(args) => finish(
+            started(millpond_broker::runtime())?,
+            serve::run(args, global),
+        ),
         Command::Send(args) => finish(runtime()?, send::run(args, global)),
         Command::Receive(args) => finish(runtime()?, receive::run(args, global)),
         Command::Request(command) => finish(runtime()?, ask(command, global)),

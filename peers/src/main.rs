@@ -17,6 +17,8 @@ mod peer;
 mod report;
 mod servers;
 
+use std::num::NonZeroUsize;
+
 use anyhow::Result;
 use clap::Parser;
 
@@ -25,12 +27,15 @@ use crate::report::Report;
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if let Some(dir) = &args.serve {
+        return millpond_broker::runtime()?.block_on(servers::millpond::serve(dir));
+    }
+    // Both sides share the machine, so each takes half of it.
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads((cores / 2).max(1))
         .enable_all()
         .build()?;
-    if let Some(dir) = &args.serve {
-        return runtime.block_on(servers::millpond::serve(dir));
-    }
     let mut report = Report::new(&args)?;
     for round in 1..=args.rounds {
         runtime.block_on(servers::run_all(&args, round, &mut report))?;

@@ -1,10 +1,11 @@
 //! The load, the same for everybody.
 
-use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use bytes::Bytes;
+use futures_util::TryStreamExt;
+use futures_util::stream::FuturesOrdered;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -83,21 +84,21 @@ async fn pump<P: Peer>(
     time: Duration,
 ) -> Result<(Found, u64)> {
     let payload = Bytes::from(vec![0x5a; bytes]);
-    let mut waiting: VecDeque<(Answer, Instant)> = VecDeque::new();
+    let mut waiting = FuturesOrdered::new();
     let mut meter = Meter::start(peer.pid())?;
     let end = Instant::now() + time;
     let mut sent = 0;
     loop {
         let now = Instant::now();
         if now < end && waiting.len() < WINDOW {
-            waiting.push_back((producer.send(payload.clone()).await?, now));
+            let answer = producer.send(payload.clone()).await?;
+            waiting.push_back(async move { answer.await.map(|()| now) });
             sent += 1;
             continue;
         }
-        let Some((answer, since)) = waiting.pop_front() else {
+        let Some(since) = waiting.try_next().await? else {
             break;
         };
-        answer.await?;
         meter.count();
         meter.record(since.elapsed());
     }
@@ -207,25 +208,22 @@ async fn redelivery<P: Peer>(peer: &P) -> Result<Option<Found>> {
     meter.stop().map(Some)
 }
 
-/// Answers that have not come, a window at most.
+/// Answers that have not come, a window at most. Whoever waits for the oldest drives all of them: a client
+/// may hold back a question for which its own queue has no room until its answer is asked for again.
 #[derive(Default)]
-struct Waiting(VecDeque<Answer>);
+struct Waiting(FuturesOrdered<Answer>);
 
 impl Waiting {
     async fn push(&mut self, answer: Answer) -> Result<()> {
-        if self.0.len() >= WINDOW
-            && let Some(oldest) = self.0.pop_front()
-        {
-            oldest.await?;
+        if self.0.len() >= WINDOW {
+            self.0.try_next().await?;
         }
         self.0.push_back(answer);
         Ok(())
     }
 
-    async fn rest(self) -> Result<()> {
-        for answer in self.0 {
-            answer.await?;
-        }
+    async fn rest(mut self) -> Result<()> {
+        while self.0.try_next().await?.is_some() {}
         Ok(())
     }
 }

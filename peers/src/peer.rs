@@ -61,10 +61,9 @@ pub trait Consumer {
 /// An answer whose question goes out now: a future that has never been polled has asked nothing.
 pub fn asked(answer: impl Future<Output = Result<()>> + Send + 'static) -> Answer {
     let mut answer: Answer = Box::pin(answer);
-    match answer
-        .as_mut()
-        .poll(&mut Context::from_waker(Waker::noop()))
-    {
+    // The first poll is not a turn of the runtime's, which would let only so many of them ask.
+    let mut first = tokio::task::unconstrained(answer.as_mut());
+    match Pin::new(&mut first).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(result) => Box::pin(std::future::ready(result)),
         // Whoever awaits it polls it again, with a waker.
         Poll::Pending => answer,

@@ -25,7 +25,7 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::record::Records;
-use crate::storage::BLOCK_BYTES;
+use crate::storage::{BLOCK_BYTES, is_zero};
 
 /// Position of an entry in the log: 1, 2, 3…; 0 means "nothing yet".
 #[derive(
@@ -192,7 +192,7 @@ pub(crate) fn check_payload(header: &EntryHeader, entry: &[u8]) -> Result<(), De
         return Err(Defect::Length);
     }
     let padding = &entry[header.used_bytes()..header.disk_bytes()];
-    if padding.iter().any(|&byte| byte != 0) {
+    if !is_zero(padding) {
         return Err(Defect::Padding);
     }
     Records::new(header, entry).check()

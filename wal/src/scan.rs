@@ -11,11 +11,12 @@ use std::io;
 
 use xxhash_rust::xxh3::Xxh3;
 
+use crate::buffer::{AlignedBuf, BufferPool};
 use crate::directory::{Spot, is_directory_block};
 use crate::entry::{Defect, EntryHeader, HEADER_BYTES, LogIndex, check_payload};
 use crate::planted::{self, Bug};
 use crate::segment::{ENTRIES_START, is_footer};
-use crate::storage::{BLOCK_BYTES, StorageFile};
+use crate::storage::{BLOCK_BYTES, StorageFile, is_zero};
 
 /// What a walk over one segment found.
 pub(crate) struct Scan {
@@ -87,6 +88,9 @@ impl Scan {
         at: u64,
     ) -> io::Result<u64> {
         let block = window.get(at, BLOCK_BYTES)?;
+        if is_zero(block) {
+            return Ok(at + BLOCK_BYTES as u64);
+        }
         let (header, crc) = match header_at(block, expect, at) {
             Ok(found) => found,
             Err(defect) => {
@@ -94,7 +98,7 @@ impl Scan {
                     self.newer = EntryHeader::newer(block, expect.uuid, expect.epoch, at);
                 }
                 let sealing = is_directory_block(block, expect.uuid) || is_footer(block);
-                if !sealing && block.iter().any(|&byte| byte != 0) {
+                if !sealing {
                     self.used_end = at + block.len() as u64;
                     self.defect.get_or_insert(defect);
                 }
@@ -166,7 +170,7 @@ fn header_at(block: &[u8], expect: Expect, at: u64) -> Result<(EntryHeader, u32)
 /// Reads ahead, so that small entries cost no call each.
 pub(crate) struct Window<'a, F> {
     file: &'a F,
-    bytes: Vec<u8>,
+    bytes: AlignedBuf,
     start: u64,
     end: u64,
 }
@@ -175,7 +179,7 @@ impl<'a, F: StorageFile> Window<'a, F> {
     pub fn new(file: &'a F, end: u64) -> Window<'a, F> {
         Window {
             file,
-            bytes: Vec::new(),
+            bytes: BufferPool::new(0).take(WINDOW_BYTES),
             start: 0,
             end,
         }
@@ -186,15 +190,17 @@ impl<'a, F: StorageFile> Window<'a, F> {
         let wanted = (len as u64).min(self.end.saturating_sub(at));
         let held_to = self.start + self.bytes.len() as u64;
         if at < self.start || at + wanted > held_to {
-            let ahead = wanted.max(WINDOW_BYTES).min(self.end.saturating_sub(at));
-            self.bytes
-                .resize(usize::try_from(ahead).map_err(io::Error::other)?, 0);
+            let left = self.end.saturating_sub(at);
+            let ahead = wanted.max(WINDOW_BYTES as u64).min(left);
+            let ahead = usize::try_from(ahead).map_err(io::Error::other)?;
+            // Whole blocks are read without a copy, also over the end.
+            self.bytes.resize(ahead.next_multiple_of(BLOCK_BYTES));
             self.start = at;
             let read = match planted::is(Bug::TrustPageCache) {
                 true => self.file.read_at(at, &mut self.bytes)?,
                 false => self.file.read_uncached_at(at, &mut self.bytes)?,
             };
-            self.bytes.truncate(read);
+            self.bytes.resize(read.min(ahead));
         }
         let from = ((at - self.start) as usize).min(self.bytes.len());
         let to = (from + wanted as usize).min(self.bytes.len());
@@ -202,7 +208,7 @@ impl<'a, F: StorageFile> Window<'a, F> {
     }
 }
 
-const WINDOW_BYTES: u64 = 1 << 20;
+const WINDOW_BYTES: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {

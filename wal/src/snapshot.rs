@@ -39,7 +39,7 @@ use thiserror::Error;
 pub use self::job::{Base, SnapshotDone, SnapshotJob};
 use self::layout::{Header, decode_table, table_blocks};
 use crate::entry::LogIndex;
-use crate::storage::{BLOCK_BYTES, Storage, StorageFile, read_exact_at};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile, is_zero, read_exact_at};
 
 /// The caller's name of a part of its state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -197,7 +197,7 @@ pub(crate) fn flaws<S: Storage>(
     let padding = header.table_offset.saturating_sub(padding_at);
     let mut raw = vec![0; usize::try_from(padding).unwrap_or(0)];
     file.read_at(padding_at, &mut raw).map_err(io)?;
-    if raw.iter().any(|&byte| byte != 0) {
+    if !is_zero(&raw) {
         flaws.push((Flaw::Padding, padding_at..header.table_offset));
     }
     Ok(flaws)

@@ -243,7 +243,10 @@ impl StorageFile for FolderFile {
     }
 
     fn read_uncached_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
+        let is_aligned = check_aligned(offset, buf.len()).is_ok()
+            && buf.as_ptr().addr().is_multiple_of(BLOCK_BYTES);
         match &self.direct {
+            Some(direct) if is_aligned => read_full_at(direct, offset, buf),
             Some(direct) => self.read_direct_at(direct, offset, buf),
             None => {
                 self.forget_cached(offset, buf.len())?;

@@ -72,6 +72,14 @@ impl Pins {
         }
     }
 
+    /// Pins all of them at once; nothing may be pinned yet.
+    pub fn pin_first_records(&mut self, mut places: Vec<Place>) {
+        debug_assert!(self.records.is_empty());
+        places.sort_unstable();
+        let alike = places.chunk_by(|one, next| one == next);
+        self.records = alike.map(|run| (run[0], run.len() as u32)).collect();
+    }
+
     pub fn unpin_record(&mut self, place: Option<Place>) {
         if let Some(place) = place {
             unpin(&mut self.records, place);

@@ -2,7 +2,8 @@
 //!
 //! Exact and durable: counters, absolute due time, history. Invariants: an entry waits if and only if
 //! it has a due time, and then it is in exactly one of `due` and `alone`; an entry without one is
-//! leased. `bytes` is the cost of all entries.
+//! leased. `bytes` is the cost of all entries. Entries stand on shelves of as many offsets as a chunk of the
+//! snapshot has, so that a start builds a shelf from a chunk at once; no shelf is empty.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::effect::Place;
 use crate::record::{FailureKind, HistoryItem};
+use crate::state::dirty::ENTRIES_SHIFT;
 use crate::state::topic::Extra;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -118,7 +120,8 @@ impl Retry {
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retries {
-    entries: BTreeMap<u64, Retry>,
+    /// By shelf, then by offset.
+    shelves: BTreeMap<u64, BTreeMap<u64, Retry>>,
     due: BTreeSet<(Stamp, u64)>,
     alone: BTreeSet<(Stamp, u64)>,
     bytes: u64,
@@ -126,16 +129,16 @@ pub struct Retries {
 
 impl Retries {
     pub fn get(&self, offset: u64) -> Option<&Retry> {
-        self.entries.get(&offset)
+        self.shelves.get(&shelf_of(offset))?.get(&offset)
     }
 
     pub fn contains(&self, offset: u64) -> bool {
-        self.entries.contains_key(&offset)
+        self.get(offset).is_some()
     }
 
     /// The first entry within `first..end`.
     pub fn next_in(&self, first: u64, end: u64) -> Option<u64> {
-        self.entries.range(first..end).next().map(|(at, _)| *at)
+        self.range(first, end).next().map(|(at, _)| at)
     }
 
     /// Puts an entry there; the one before must have been taken out.
@@ -148,12 +151,40 @@ impl Retries {
                 self.due.insert((due, offset));
             }
         }
-        let before = self.entries.insert(offset, retry);
+        let shelf = self.shelves.entry(shelf_of(offset)).or_default();
+        let before = shelf.insert(offset, retry);
         debug_assert!(before.is_none(), "entries are taken out before they change");
     }
 
+    /// Puts a whole shelf there, in no order of due times yet: [`order`](Self::order) gives them that.
+    /// False, and nothing is put, unless they are all of one shelf that is empty, by rising offsets.
+    pub fn put_shelf(&mut self, entries: Vec<(u64, Retry)>) -> bool {
+        let Some(shelf) = entries.first().map(|(offset, _)| shelf_of(*offset)) else {
+            return true;
+        };
+        let rising = entries.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        let together = entries.iter().all(|(at, _)| shelf_of(*at) == shelf);
+        if !rising || !together || self.shelves.contains_key(&shelf) {
+            return false;
+        }
+        self.bytes += entries.iter().map(|(_, retry)| retry.bytes()).sum::<u64>();
+        // From what is sorted the tree is built leaf by leaf, and full.
+        self.shelves.insert(shelf, entries.into_iter().collect());
+        true
+    }
+
+    /// Takes the due times of all entries that were put by the shelf.
+    pub fn order(&mut self, due: Vec<(Stamp, u64)>, alone: Vec<(Stamp, u64)>) {
+        self.due = due.into_iter().collect();
+        self.alone = alone.into_iter().collect();
+    }
+
     pub fn take(&mut self, offset: u64) -> Option<Retry> {
-        let retry = self.entries.remove(&offset)?;
+        let shelf = self.shelves.get_mut(&shelf_of(offset))?;
+        let retry = shelf.remove(&offset)?;
+        if shelf.is_empty() {
+            self.shelves.remove(&shelf_of(offset));
+        }
         self.bytes -= retry.bytes();
         if let Some(due) = retry.due
             && !self.due.remove(&(due, offset))
@@ -168,13 +199,15 @@ impl Retries {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Retry)> {
-        self.entries.iter().map(|(offset, retry)| (*offset, retry))
+        let all = self.shelves.values().flatten();
+        all.map(|(offset, retry)| (*offset, retry))
     }
 
     /// Entries of `first..end`.
     pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, &Retry)> {
-        self.entries
-            .range(first..end)
+        self.shelves
+            .range(shelf_of(first)..=shelf_of(end))
+            .flat_map(move |(_, shelf)| shelf.range(first..end))
             .map(|(offset, retry)| (*offset, retry))
     }
 
@@ -213,9 +246,13 @@ impl Retries {
 
     pub fn check_invariants(&self) {
         let mut waiting = 0;
-        for (offset, retry) in &self.entries {
+        for (shelf, entries) in &self.shelves {
+            let all_here = entries.keys().all(|at| shelf_of(*at) == *shelf);
+            assert!(all_here && !entries.is_empty(), "shelves hold their own");
+        }
+        for (offset, retry) in self.iter() {
             if let Some(due) = retry.due {
-                let at = (due, *offset);
+                let at = (due, offset);
                 assert!(
                     self.due.contains(&at) != self.alone.contains(&at),
                     "a waiting entry stands in one order"
@@ -228,9 +265,13 @@ impl Retries {
             self.waiting(),
             "only waiting entries stand in an order"
         );
-        let bytes: u64 = self.entries.values().map(Retry::bytes).sum();
+        let bytes: u64 = self.iter().map(|(_, retry)| retry.bytes()).sum();
         assert_eq!(bytes, self.bytes, "retry state is counted");
     }
+}
+
+fn shelf_of(offset: u64) -> u64 {
+    offset >> ENTRIES_SHIFT
 }
 
 /// A message's failures with the one that happens now as the last: what a record tells of it.

@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millpond_protocol::{Offset, ProducerKey, SubscriptionId, TopicId};
+use millpond_protocol::{Offset, ProducerKey, Stamp, SubscriptionId, TopicId};
 use serde::Deserialize;
 
 use super::{
     ExtraChunk, FORMAT, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk,
     ProducerChunk, RetryChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
 };
-use crate::effect::RestoreError;
+use crate::effect::{Place, RestoreError};
 use crate::limits::Options;
 use crate::queue::Queue;
 use crate::state::dead_letter::Letter;
@@ -33,11 +33,12 @@ impl Queue {
         let chunks: BTreeMap<u64, Bytes> = chunks.collect();
         let meta = chunks.get(&dirty::META).ok_or(RestoreError::NoHeader)?;
         let mut queue = Self::new(options);
+        let mut gathered = Gathered::default();
         queue.read_meta(meta)?;
         for (id, bytes) in chunks.range(dirty::META + 1..) {
-            queue.read_chunk(*id, bytes)?;
+            queue.read_chunk(*id, bytes, &mut gathered)?;
         }
-        queue.derive()?;
+        queue.derive(gathered)?;
         // The next snapshot builds on this one: it must take away what is gone since.
         queue.dirty.known = Some(chunks.keys().copied().collect());
         Ok(queue)
@@ -59,7 +60,7 @@ impl Queue {
         Ok(())
     }
 
-    fn read_chunk(&mut self, id: u64, bytes: &[u8]) -> Result<()> {
+    fn read_chunk(&mut self, id: u64, bytes: &[u8], gathered: &mut Gathered) -> Result<()> {
         let entity = (id >> 32 & 0x0fff_ffff) as u32;
         let (topic, sub) = (TopicId(entity), SubscriptionId(entity));
         match (id >> 60, id) {
@@ -72,7 +73,7 @@ impl Queue {
             (5, _) => self.read_subscription(sub, decode(id, bytes)?)?,
             (6, _) => self.read_sets(sub, &decode(id, bytes)?)?,
             (7, _) => self.read_leases(sub, decode(id, bytes)?)?,
-            (8, _) => self.read_retries(sub, decode(id, bytes)?)?,
+            (8, _) => self.read_retries(sub, decode(id, bytes)?, gathered)?,
             (9, _) => self.read_sessions(sub, decode(id, bytes)?)?,
             (10, _) => {
                 let key = ProducerKey(id & ((1 << 60) - 1));
@@ -226,20 +227,39 @@ impl Queue {
         Ok(())
     }
 
-    fn read_retries(&mut self, id: SubscriptionId, retries: Vec<RetryChunk<'_>>) -> Result<()> {
+    fn read_retries(
+        &mut self,
+        id: SubscriptionId,
+        retries: Vec<RetryChunk<'_>>,
+        gathered: &mut Gathered,
+    ) -> Result<()> {
+        let sub = self.subscriptions.get(&id).ok_or(ORPHAN)?;
+        let waiting = gathered.waiting.entry(id).or_default();
         let mut names = BTreeMap::new();
+        let mut entries = Vec::with_capacity(retries.len());
         for read in retries {
             let offset = read.offset;
             let retry = retry(read, &mut names);
-            let sub = self.subscriptions.get(&id).ok_or(ORPHAN)?;
-            let max_attempts = self.max_attempts(sub, offset, &retry);
-            let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
-            if sub.retries.contains(offset) {
-                return Err(RestoreError::Contradiction("a retry stands there twice"));
+            if let Some(due) = retry.due {
+                // Most never need to be told which attempt is their last.
+                let alone = retry.is_alone(u32::MAX)
+                    || (retry.lost && retry.is_alone(self.max_attempts(sub, offset, &retry)));
+                let order = if alone {
+                    &mut waiting.alone
+                } else {
+                    &mut waiting.due
+                };
+                order.push((due, offset));
             }
-            sub.retries.put(offset, retry, max_attempts);
+            gathered.places.extend(retry.place);
+            entries.push((offset, retry));
         }
-        Ok(())
+        let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
+        if sub.retries.put_shelf(entries) {
+            Ok(())
+        } else {
+            Err(RestoreError::Contradiction("retries are out of order"))
+        }
     }
 
     fn read_sessions(&mut self, id: SubscriptionId, sessions: Vec<SessionChunk>) -> Result<()> {
@@ -286,7 +306,13 @@ impl Queue {
     }
 
     /// Makes what follows from the chunks.
-    fn derive(&mut self) -> Result<()> {
+    fn derive(&mut self, gathered: Gathered) -> Result<()> {
+        self.pins.pin_first_records(gathered.places);
+        for (id, waiting) in gathered.waiting {
+            if let Some(sub) = self.subscriptions.get_mut(&id) {
+                sub.retries.order(waiting.due, waiting.alone);
+            }
+        }
         for (id, topic) in &mut self.topics {
             let rows = topic.index.rows.make_contiguous();
             rows.sort_by_key(|row| row.first);
@@ -327,9 +353,6 @@ impl Queue {
             }
             sub.hand.reset(sub.cursor);
             sub.hand.age_proposed = sub.age_floor;
-            for (_, retry) in sub.retries.iter() {
-                self.pins.pin_record(retry.place);
-            }
             reopened.extend(
                 sub.reopened
                     .iter()
@@ -342,6 +365,22 @@ impl Queue {
         }
         Ok(())
     }
+}
+
+/// What follows from the retries, noted while they are read: to walk over a million of them again costs as much
+/// as reading them.
+#[derive(Default)]
+struct Gathered {
+    waiting: BTreeMap<SubscriptionId, Waiting>,
+    /// The records that tell their stories.
+    places: Vec<Place>,
+}
+
+/// See [`Retries`](crate::state::redelivery::Retries).
+#[derive(Default)]
+struct Waiting {
+    due: Vec<(Stamp, u64)>,
+    alone: Vec<(Stamp, u64)>,
 }
 
 const ORPHAN: RestoreError = RestoreError::Contradiction("a chunk belongs to nothing");

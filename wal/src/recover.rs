@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use parking_lot::RwLock;
 
 use self::folder::{Folder, FolderNames};
@@ -29,7 +30,7 @@ use crate::manifest::{Change, Cut, Manifest, State};
 use crate::options::Options;
 use crate::planted::{self, Bug};
 use crate::segment::SegmentId;
-use crate::snapshot::{Snapshot, SnapshotError};
+use crate::snapshot::{ChunkId, Snapshot, SnapshotError};
 use crate::storage::{Storage, StorageFile};
 use crate::watermark::Watermark;
 
@@ -38,6 +39,8 @@ pub struct Opened<S: Storage> {
     pub log: Log<S>,
     /// The newest readable snapshot, all of it verified; replay begins behind it.
     pub snapshot: Option<Snapshot<S>>,
+    /// Its chunks by ascending id, in the bytes that were verified.
+    pub chunks: Vec<(ChunkId, Bytes)>,
 }
 
 impl<S: Storage> Log<S> {
@@ -63,7 +66,8 @@ impl<S: Storage> Log<S> {
             fresh: !folder.has_manifest,
             ..Default::default()
         };
-        let snapshot = choose_snapshot(&storage, manifest.state(), &mut report)?;
+        let (snapshot, chunks) = choose_snapshot(&storage, manifest.state(), &mut report)?.unzip();
+        let chunks = chunks.unwrap_or_default();
         let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
         let found = judge::find(&storage, manifest.state(), replay_from)?;
         let judged = found.judge(manifest.state(), &mut report);
@@ -111,7 +115,11 @@ impl<S: Storage> Log<S> {
             pool,
             manifest,
         };
-        Ok(Opened { log, snapshot })
+        Ok(Opened {
+            log,
+            snapshot,
+            chunks,
+        })
     }
 
     /// Makes the new epoch and all cuts durable, and deletes what nothing names.
@@ -194,20 +202,25 @@ fn save_aside<S: Storage>(
     }
 }
 
+/// The newest readable snapshot with all of its chunks. They are read once: what is handed on are the bytes that
+/// were checked, and not what a second reading may give.
 pub(crate) fn choose_snapshot<S: Storage>(
     storage: &S,
     state: &State,
     report: &mut RecoveryReport,
-) -> Result<Option<Snapshot<S>>, OpenError> {
+) -> Result<Option<(Snapshot<S>, Vec<(ChunkId, Bytes)>)>, OpenError> {
     for named in state.snapshots.iter().rev() {
         let opened = Snapshot::open(storage.clone(), state.store, named.number);
-        let read = opened.and_then(|snapshot| snapshot.verify().map(|()| snapshot));
+        let read = opened.and_then(|snapshot| {
+            let chunks = snapshot.chunks().collect::<Result<Vec<_>, _>>()?;
+            Ok((snapshot, chunks))
+        });
         match read {
-            Ok(snapshot) => {
+            Ok((snapshot, chunks)) => {
                 let info = snapshot.info();
                 if (info.index, info.digest) == (named.index, named.digest) {
                     report.snapshot = Some(named.index);
-                    return Ok(Some(snapshot));
+                    return Ok(Some((snapshot, chunks)));
                 }
             }
             Err(SnapshotError::NewerFormat { file, found, .. }) => return Err(newer(file, found)),

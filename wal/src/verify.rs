@@ -302,7 +302,7 @@ struct Inspected<F> {
 impl<F: StorageFile> Inspected<F> {
     fn of<S: Storage<File = F>>(storage: &S, state: &State) -> Result<Inspected<F>, OpenError> {
         let mut report = RecoveryReport::default();
-        let snapshot = choose_snapshot(storage, state, &mut report)?;
+        let snapshot = choose_snapshot(storage, state, &mut report)?.map(|(snapshot, _)| snapshot);
         let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
         let judged = judge::find(storage, state, replay_from)?.judge(state, &mut report);
         Ok(Inspected {

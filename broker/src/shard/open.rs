@@ -4,7 +4,6 @@
 use millpond_protocol::message::FIXED_BYTES as MESSAGE_FIXED_BYTES;
 use millpond_protocol::{LogIndex, Offset, Stamp, TopicId};
 use millpond_queue::{Effect, Loss, LostRun, Queue, Record, RecordError, kind};
-use millpond_wal::snapshot::SnapshotError;
 use millpond_wal::storage::Storage;
 use millpond_wal::{
     Log, LogError, LostEntries, OpenError, Options, RecoveryReport, ReplayEnd, ReplayError,
@@ -31,8 +30,6 @@ pub enum OpenShardError {
     Log(#[from] OpenError),
     #[error("the log cannot be replayed: {0}")]
     Replay(#[from] LogError),
-    #[error("the snapshot cannot be read: {0}")]
-    Snapshot(#[from] SnapshotError),
     #[error("{file} cannot be restored ({error}); `millpond log verify DIR` tells more")]
     Restore {
         file: String,
@@ -71,8 +68,8 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         };
         let queue = match opened.snapshot.take() {
             Some(snapshot) => {
-                let chunks: Result<Vec<_>, _> = snapshot.chunks().collect();
-                let chunks = chunks?.into_iter().map(|(id, bytes)| (id.0, bytes));
+                let chunks = std::mem::take(&mut opened.chunks);
+                let chunks = chunks.into_iter().map(|(id, bytes)| (id.0, bytes));
                 let file = millpond_wal::snapshot::file_name(snapshot.info().number);
                 Queue::restore(queue_options, chunks)
                     .map_err(|error| OpenShardError::Restore { file, error })?

@@ -86,6 +86,14 @@ classes! {
 /// The entity part of an id is 28 bits wide.
 pub const ENTITY_MAX: u32 = (1 << 28) - 1;
 
+pub fn entity(id: u64) -> u32 {
+    (id >> 32) as u32 & ENTITY_MAX
+}
+
+pub fn is_retries(id: u64) -> bool {
+    id >> 60 == 8
+}
+
 pub fn producer(key: ProducerKey) -> u64 {
     10 << 60 | (key.0 & ((1 << 60) - 1))
 }

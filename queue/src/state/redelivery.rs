@@ -127,6 +127,45 @@ pub struct Retries {
     bytes: u64,
 }
 
+/// The retries of one chunk of a snapshot.
+#[derive(Debug, Default)]
+pub struct Shelf {
+    entries: BTreeMap<u64, Retry>,
+    bytes: u64,
+    due: Vec<(Stamp, u64)>,
+    alone: Vec<(Stamp, u64)>,
+    /// The records that tell their stories.
+    pub places: Vec<Place>,
+}
+
+impl Shelf {
+    /// `None` unless they are all of one shelf, by rising offsets.
+    pub fn of(entries: Vec<(u64, Retry)>, is_alone: impl Fn(u64, &Retry) -> bool) -> Option<Self> {
+        let first = entries.first().map_or(0, |(offset, _)| *offset);
+        let rising = entries.windows(2).all(|pair| pair[0].0 < pair[1].0);
+        if !rising
+            || entries
+                .iter()
+                .any(|(at, _)| shelf_of(*at) != shelf_of(first))
+        {
+            return None;
+        }
+        let mut shelf = Self::default();
+        for (offset, retry) in &entries {
+            shelf.bytes += retry.bytes();
+            shelf.places.extend(retry.place);
+            match retry.due {
+                Some(due) if is_alone(*offset, retry) => shelf.alone.push((due, *offset)),
+                Some(due) => shelf.due.push((due, *offset)),
+                None => {}
+            }
+        }
+        // From what is sorted the tree is built leaf by leaf, and full.
+        shelf.entries = entries.into_iter().collect();
+        Some(shelf)
+    }
+}
+
 impl Retries {
     pub fn get(&self, offset: u64) -> Option<&Retry> {
         self.shelves.get(&shelf_of(offset))?.get(&offset)
@@ -156,27 +195,27 @@ impl Retries {
         debug_assert!(before.is_none(), "entries are taken out before they change");
     }
 
-    /// Puts a whole shelf there, in no order of due times yet: [`order`](Self::order) gives them that.
-    /// False, and nothing is put, unless they are all of one shelf that is empty, by rising offsets.
-    pub fn put_shelf(&mut self, entries: Vec<(u64, Retry)>) -> bool {
-        let Some(shelf) = entries.first().map(|(offset, _)| shelf_of(*offset)) else {
-            return true;
-        };
-        let rising = entries.windows(2).all(|pair| pair[0].0 < pair[1].0);
-        let together = entries.iter().all(|(at, _)| shelf_of(*at) == shelf);
-        if !rising || !together || self.shelves.contains_key(&shelf) {
-            return false;
+    /// Puts all shelves there at once, where there were none; false if two are the same.
+    pub fn put_shelves(&mut self, shelves: Vec<Shelf>) -> bool {
+        let (mut due, mut alone) = (Vec::new(), Vec::new());
+        for mut shelf in shelves {
+            due.append(&mut shelf.due);
+            alone.append(&mut shelf.alone);
+            self.bytes += shelf.bytes;
+            let Some((first, _)) = shelf.entries.first_key_value() else {
+                continue;
+            };
+            if self
+                .shelves
+                .insert(shelf_of(*first), shelf.entries)
+                .is_some()
+            {
+                return false;
+            }
         }
-        self.bytes += entries.iter().map(|(_, retry)| retry.bytes()).sum::<u64>();
-        // From what is sorted the tree is built leaf by leaf, and full.
-        self.shelves.insert(shelf, entries.into_iter().collect());
-        true
-    }
-
-    /// Takes the due times of all entries that were put by the shelf.
-    pub fn order(&mut self, due: Vec<(Stamp, u64)>, alone: Vec<(Stamp, u64)>) {
         self.due = due.into_iter().collect();
         self.alone = alone.into_iter().collect();
+        true
     }
 
     pub fn take(&mut self, offset: u64) -> Option<Retry> {

@@ -4,6 +4,7 @@
 //! from other chunks (pins, indexes by name, counts) and what is volatile is not written.
 
 mod read;
+mod retries;
 
 use std::collections::BTreeSet;
 

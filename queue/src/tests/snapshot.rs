@@ -207,3 +207,51 @@ fn the_first_snapshot_after_a_restore_takes_away_what_is_gone() {
     again.check_invariants();
     assert_eq!(again.subscription_view(sub, rig.now).unwrap().backlog, 0);
 }
+
+#[test]
+fn many_retries_come_back_as_they_were() {
+    const MESSAGES: u64 = 40_000;
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let subs = [rig.sub(topic, "a"), rig.sub(topic, "b")];
+    rig.publish(topic, MESSAGES);
+    for (session, sub) in (1..).zip(subs) {
+        rig.consumer(sub, session, MESSAGES);
+        rig.run();
+        for offset in (0..MESSAGES).step_by(200) {
+            rig.nack(sub, session, offset, 1);
+        }
+    }
+    let chunks = rig.queue.chunks();
+    // More than one thread reads them.
+    assert!(chunks.len() > 128, "{}", chunks.len());
+    let restored = Queue::restore(Options::default(), chunks.clone().into_iter()).unwrap();
+    restored.check_invariants();
+    assert_eq!(restored.chunks(), chunks);
+    for sub in subs {
+        let waits = |queue: &Queue| queue.subscriptions[&sub].retries.clone();
+        assert_eq!(waits(&restored), waits(&rig.queue));
+    }
+    rig.log.clear();
+    rig.queue = Queue::new(Options::default());
+}
+
+#[test]
+fn retries_that_stand_in_another_chunk_are_refused() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 600);
+    rig.consumer(sub, 1, 600);
+    rig.run();
+    for offset in [0, 599] {
+        rig.nack(sub, 1, offset, 1);
+    }
+    let mut chunks: BTreeMap<_, _> = rig.queue.chunks().into_iter().collect();
+    let [low, high] = [0, 599].map(|at| crate::state::dirty::retries(sub, at));
+    let twice = chunks[&low].clone();
+    chunks.insert(high, twice);
+    let restored = Queue::restore(Options::default(), chunks.into_iter());
+    let refused = RestoreError::Contradiction("retries are out of order");
+    assert_eq!(restored.map(|_| ()), Err(refused));
+}

@@ -4,27 +4,26 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use millpond_protocol::{Offset, ProducerKey, Stamp, SubscriptionId, TopicId};
+use millpond_protocol::{Offset, ProducerKey, SubscriptionId, TopicId};
 use serde::Deserialize;
 
 use super::{
     ExtraChunk, FORMAT, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk,
-    ProducerChunk, RetryChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
+    ProducerChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
 };
-use crate::effect::{Place, RestoreError};
+use crate::effect::RestoreError;
 use crate::limits::Options;
 use crate::queue::Queue;
 use crate::state::dead_letter::Letter;
 use crate::state::dedup::{Producer, SequenceRun};
 use crate::state::dirty;
 use crate::state::lease::LeaseRun;
-use crate::state::redelivery::{Failure, Retry};
 use crate::state::redrive::{Job, Pace};
 use crate::state::session::{Live, Session};
 use crate::state::subscription::Subscription;
 use crate::state::topic::{Extra, Row, Topic};
 
-type Result<T> = std::result::Result<T, RestoreError>;
+pub(super) type Result<T> = std::result::Result<T, RestoreError>;
 
 impl Queue {
     /// The state that a full snapshot holds: the latest bytes of every chunk, in any order. Sessions
@@ -33,12 +32,13 @@ impl Queue {
         let chunks: BTreeMap<u64, Bytes> = chunks.collect();
         let meta = chunks.get(&dirty::META).ok_or(RestoreError::NoHeader)?;
         let mut queue = Self::new(options);
-        let mut gathered = Gathered::default();
         queue.read_meta(meta)?;
-        for (id, bytes) in chunks.range(dirty::META + 1..) {
-            queue.read_chunk(*id, bytes, &mut gathered)?;
+        let all = chunks.range(dirty::META + 1..);
+        for (id, bytes) in all.filter(|(id, _)| !dirty::is_retries(**id)) {
+            queue.read_chunk(*id, bytes)?;
         }
-        queue.derive(gathered)?;
+        queue.read_retries(&chunks)?;
+        queue.derive()?;
         // The next snapshot builds on this one: it must take away what is gone since.
         queue.dirty.known = Some(chunks.keys().copied().collect());
         Ok(queue)
@@ -60,8 +60,8 @@ impl Queue {
         Ok(())
     }
 
-    fn read_chunk(&mut self, id: u64, bytes: &[u8], gathered: &mut Gathered) -> Result<()> {
-        let entity = (id >> 32 & 0x0fff_ffff) as u32;
+    fn read_chunk(&mut self, id: u64, bytes: &[u8]) -> Result<()> {
+        let entity = dirty::entity(id);
         let (topic, sub) = (TopicId(entity), SubscriptionId(entity));
         match (id >> 60, id) {
             (0, dirty::TOKENS) => self.tokens = decode(id, bytes)?,
@@ -73,7 +73,6 @@ impl Queue {
             (5, _) => self.read_subscription(sub, decode(id, bytes)?)?,
             (6, _) => self.read_sets(sub, &decode(id, bytes)?)?,
             (7, _) => self.read_leases(sub, decode(id, bytes)?)?,
-            (8, _) => self.read_retries(sub, decode(id, bytes)?, gathered)?,
             (9, _) => self.read_sessions(sub, decode(id, bytes)?)?,
             (10, _) => {
                 let key = ProducerKey(id & ((1 << 60) - 1));
@@ -227,41 +226,6 @@ impl Queue {
         Ok(())
     }
 
-    fn read_retries(
-        &mut self,
-        id: SubscriptionId,
-        retries: Vec<RetryChunk<'_>>,
-        gathered: &mut Gathered,
-    ) -> Result<()> {
-        let sub = self.subscriptions.get(&id).ok_or(ORPHAN)?;
-        let waiting = gathered.waiting.entry(id).or_default();
-        let mut names = BTreeMap::new();
-        let mut entries = Vec::with_capacity(retries.len());
-        for read in retries {
-            let offset = read.offset;
-            let retry = retry(read, &mut names);
-            if let Some(due) = retry.due {
-                // Most never need to be told which attempt is their last.
-                let alone = retry.is_alone(u32::MAX)
-                    || (retry.lost && retry.is_alone(self.max_attempts(sub, offset, &retry)));
-                let order = if alone {
-                    &mut waiting.alone
-                } else {
-                    &mut waiting.due
-                };
-                order.push((due, offset));
-            }
-            gathered.places.extend(retry.place);
-            entries.push((offset, retry));
-        }
-        let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
-        if sub.retries.put_shelf(entries) {
-            Ok(())
-        } else {
-            Err(RestoreError::Contradiction("retries are out of order"))
-        }
-    }
-
     fn read_sessions(&mut self, id: SubscriptionId, sessions: Vec<SessionChunk>) -> Result<()> {
         let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
         for read in sessions {
@@ -306,13 +270,7 @@ impl Queue {
     }
 
     /// Makes what follows from the chunks.
-    fn derive(&mut self, gathered: Gathered) -> Result<()> {
-        self.pins.pin_first_records(gathered.places);
-        for (id, waiting) in gathered.waiting {
-            if let Some(sub) = self.subscriptions.get_mut(&id) {
-                sub.retries.order(waiting.due, waiting.alone);
-            }
-        }
+    fn derive(&mut self) -> Result<()> {
         for (id, topic) in &mut self.topics {
             let rows = topic.index.rows.make_contiguous();
             rows.sort_by_key(|row| row.first);
@@ -367,32 +325,16 @@ impl Queue {
     }
 }
 
-/// What follows from the retries, noted while they are read: to walk over a million of them again costs as much
-/// as reading them.
-#[derive(Default)]
-struct Gathered {
-    waiting: BTreeMap<SubscriptionId, Waiting>,
-    /// The records that tell their stories.
-    places: Vec<Place>,
-}
+pub(super) const ORPHAN: RestoreError = RestoreError::Contradiction("a chunk belongs to nothing");
 
-/// See [`Retries`](crate::state::redelivery::Retries).
-#[derive(Default)]
-struct Waiting {
-    due: Vec<(Stamp, u64)>,
-    alone: Vec<(Stamp, u64)>,
-}
-
-const ORPHAN: RestoreError = RestoreError::Contradiction("a chunk belongs to nothing");
-
-fn decode<'a, T: Deserialize<'a>>(chunk: u64, bytes: &'a [u8]) -> Result<T> {
+pub(super) fn decode<'a, T: Deserialize<'a>>(chunk: u64, bytes: &'a [u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
         _ => Err(RestoreError::Chunk { chunk }),
     }
 }
 
-fn own((max_attempts, backoff_initial_ms): super::OwnChunk) -> Extra {
+pub(super) fn own((max_attempts, backoff_initial_ms): super::OwnChunk) -> Extra {
     Extra {
         max_attempts,
         backoff_initial_ms,
@@ -420,33 +362,5 @@ fn letter(read: LetterChunk) -> Letter {
         session: read.session,
         answered: read.answered,
         own: own(read.own),
-    }
-}
-
-fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
-    let mut name = |name: &'a str| names.entry(name).or_insert_with(|| name.into()).clone();
-    let failure = |(at, duration_ms, consumer, kind, code)| Failure {
-        at,
-        duration_ms,
-        consumer: name(consumer),
-        kind,
-        code,
-    };
-    Retry {
-        failures: read.failures,
-        deliveries: read.deliveries,
-        releases: read.releases,
-        redrives: read.redrives,
-        delivery: read.delivery,
-        session: read.session,
-        answered: read.answered,
-        suspect: read.suspect,
-        lost: read.lost,
-        due: read.due,
-        first_attempt_at: read.first_attempt_at,
-        place: read.place,
-        own: read.own.map(own),
-        earlier: read.earlier.into(),
-        history: read.history.into_iter().map(failure).collect(),
     }
 }

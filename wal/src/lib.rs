@@ -52,7 +52,7 @@ pub use options::Options;
 pub use reader::LogReader;
 pub use record::{Group, Record, RecordBytes, Records};
 pub use recover::{
-    EntryDamage, FORMAT, Opened, RecoveryReport, SegmentDamage, TornManifest, TornTail,
+    EntryDamage, FORMAT, Folding, Opened, RecoveryReport, SegmentDamage, TornManifest, TornTail,
 };
 pub use replay::{LostEntries, ReplayEnd, ReplayEntry, ReplayError, ReplayRecord, Replayed};
 pub use seal::{SealDone, SealJob};

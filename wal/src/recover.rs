@@ -39,14 +39,30 @@ pub struct Opened<S: Storage> {
     pub log: Log<S>,
     /// The newest readable snapshot, all of it verified; replay begins behind it.
     pub snapshot: Option<Snapshot<S>>,
-    /// Its chunks by ascending id, in the bytes that were verified.
-    pub chunks: Vec<(ChunkId, Bytes)>,
+}
+
+/// What the fold begins with.
+#[derive(Debug)]
+pub struct Folding {
+    pub store_id: [u8; 16],
+    /// The chunks of the newest readable snapshot by ascending id, in the bytes that were verified.
+    pub chunks: Option<Vec<(ChunkId, Bytes)>>,
 }
 
 impl<S: Storage> Log<S> {
     /// Judges what is in the folder, or begins a new store in an empty one. An existing one is not
     /// written to before [`Log::replay`] has read all of it.
     pub fn open(storage: S, options: Options) -> Result<Opened<S>, OpenError> {
+        let (opened, ()) = Log::open_beside(storage, options, |_| ())?;
+        Ok(opened)
+    }
+
+    /// The same, and folds the snapshot while the segments are read, if the storage does two things at once.
+    pub fn open_beside<T: Send>(
+        storage: S,
+        options: Options,
+        fold: impl FnOnce(Folding) -> T + Send,
+    ) -> Result<(Opened<S>, T), OpenError> {
         options.check()?;
         let pool = BufferPool::new(options.buffer_bytes_idle);
         let folder = Folder::list(&storage, options.segment_bytes)?;
@@ -67,9 +83,17 @@ impl<S: Storage> Log<S> {
             ..Default::default()
         };
         let (snapshot, chunks) = choose_snapshot(&storage, manifest.state(), &mut report)?.unzip();
-        let chunks = chunks.unwrap_or_default();
         let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
-        let found = judge::find(&storage, manifest.state(), replay_from)?;
+        let folding = Folding {
+            store_id: manifest.state().store,
+            chunks,
+        };
+        let state = manifest.state();
+        let (found, folded) = storage.both(
+            || judge::find(&storage, state, replay_from),
+            || fold(folding),
+        );
+        let found = found?;
         let judged = found.judge(manifest.state(), &mut report);
         report.epoch = manifest.state().epoch;
         report.torn_manifest = manifest.torn().map(|torn| TornManifest {
@@ -115,11 +139,7 @@ impl<S: Storage> Log<S> {
             pool,
             manifest,
         };
-        Ok(Opened {
-            log,
-            snapshot,
-            chunks,
-        })
+        Ok((Opened { log, snapshot }, folded))
     }
 
     /// Makes the new epoch and all cuts durable, and deletes what nothing names.

@@ -66,6 +66,16 @@ pub trait Storage: Clone + Send + Sync + 'static {
     fn sync_dir(&self) -> io::Result<()>;
 
     fn space(&self) -> io::Result<Space>;
+
+    /// Does both and returns when both are done. Not at the same time, unless the storage says so: where its
+    /// calls come in the same order each time, they must.
+    fn both<A: Send, B: Send>(
+        &self,
+        one: impl FnOnce() -> A + Send,
+        other: impl FnOnce() -> B + Send,
+    ) -> (A, B) {
+        (one(), other())
+    }
 }
 
 /// One open file. All calls take `&self` and may be made from several threads.

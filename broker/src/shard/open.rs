@@ -3,11 +3,11 @@
 
 use millpond_protocol::message::FIXED_BYTES as MESSAGE_FIXED_BYTES;
 use millpond_protocol::{LogIndex, Offset, Stamp, TopicId};
-use millpond_queue::{Effect, Loss, LostRun, Queue, Record, RecordError, kind};
+use millpond_queue::{Effect, Loss, LostRun, Queue, Record, RecordError, RestoreError, kind};
 use millpond_wal::storage::Storage;
 use millpond_wal::{
-    Log, LogError, LostEntries, OpenError, Options, RecoveryReport, ReplayEnd, ReplayError,
-    ReplayRecord, Replayed, Row,
+    Folding, Log, LogError, LostEntries, OpenError, Options, RecoveryReport, ReplayEnd,
+    ReplayError, ReplayRecord, Replayed, Row,
 };
 
 use super::answer::{Origin, row_of};
@@ -31,10 +31,7 @@ pub enum OpenShardError {
     #[error("the log cannot be replayed: {0}")]
     Replay(#[from] LogError),
     #[error("{file} cannot be restored ({error}); `millpond log verify DIR` tells more")]
-    Restore {
-        file: String,
-        error: millpond_queue::RestoreError,
-    },
+    Restore { file: String, error: RestoreError },
     #[error(
         "entry {entry} of the log holds a record that this version cannot read ({error}); use a newer version"
     )]
@@ -60,22 +57,13 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         saved_clock: Option<&[u8]>,
         options: ShardOptions,
     ) -> Result<(Self, Recovered), OpenShardError> {
-        let mut opened = Log::open(storage, options.log)?;
-        let seed = seed_of(opened.log.store_id());
-        let queue_options = millpond_queue::Options {
-            seed,
-            ..millpond_queue::Options::default()
-        };
-        let queue = match opened.snapshot.take() {
-            Some(snapshot) => {
-                let chunks = std::mem::take(&mut opened.chunks);
-                let chunks = chunks.into_iter().map(|(id, bytes)| (id.0, bytes));
-                let file = millpond_wal::snapshot::file_name(snapshot.info().number);
-                Queue::restore(queue_options, chunks)
-                    .map_err(|error| OpenShardError::Restore { file, error })?
-            }
-            None => Queue::new(queue_options),
-        };
+        let (mut opened, queue) = Log::open_beside(storage, options.log, restore)?;
+        let snapshot = opened.snapshot.as_ref();
+        let number = snapshot.map_or(0, |snapshot| snapshot.info().number);
+        let queue = queue.map_err(|error| OpenShardError::Restore {
+            file: millpond_wal::snapshot::file_name(number),
+            error,
+        })?;
         let mut fold = Fold {
             last: queue.last_stamp(),
             queue,
@@ -244,6 +232,20 @@ impl Fold {
             .queue
             .apply(place, self.last, &decoded, &mut self.effects);
         Ok(row_of(record.place, self.last, &outcome))
+    }
+}
+
+/// The state as the snapshot holds it; an empty one if there is none.
+fn restore(folding: Folding) -> Result<Queue, RestoreError> {
+    let options = millpond_queue::Options {
+        seed: seed_of(folding.store_id),
+        ..millpond_queue::Options::default()
+    };
+    match folding.chunks {
+        Some(chunks) => {
+            Queue::restore(options, chunks.into_iter().map(|(id, bytes)| (id.0, bytes)))
+        }
+        None => Ok(Queue::new(options)),
     }
 }
 

@@ -17,7 +17,9 @@ use std::num::NonZeroU64;
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::ScopedJoinHandle;
 
+use parking_lot::Mutex;
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags};
 use thiserror::Error;
 
@@ -197,6 +199,30 @@ impl Storage for FolderStorage {
         Ok(Space {
             total_bytes: stat.f_blocks.saturating_mul(stat.f_frsize),
             free_bytes: stat.f_bavail.saturating_mul(stat.f_frsize),
+        })
+    }
+
+    /// At the same time, one of them on a thread of its own.
+    fn both<A: Send, B: Send>(
+        &self,
+        one: impl FnOnce() -> A + Send,
+        other: impl FnOnce() -> B + Send,
+    ) -> (A, B) {
+        let one = Mutex::new(Some(one));
+        let do_one = || {
+            let one = one.lock().take();
+            one.map(|one| one())
+        };
+        std::thread::scope(|scope| {
+            // Without a thread it is done afterwards.
+            let thread = std::thread::Builder::new().spawn_scoped(scope, do_one);
+            let other = other();
+            let one = match thread.map(ScopedJoinHandle::join) {
+                Ok(Ok(one)) => one,
+                Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                Err(_) => do_one(),
+            };
+            (one.expect("it is done once, there or here"), other)
         })
     }
 }

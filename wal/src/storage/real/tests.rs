@@ -163,3 +163,20 @@ fn names_cannot_leave_the_folder() {
     let again = storage.create("a").map(drop).expect_err("exists");
     assert_eq!(again.kind(), io::ErrorKind::AlreadyExists);
 }
+
+#[test]
+fn both_are_done_at_the_same_time() {
+    let (_dir, storage) = folder(Mapping::Off);
+    let (ask, asked) = std::sync::mpsc::channel();
+    let (answer, answered) = std::sync::mpsc::channel();
+    let one = move || {
+        ask.send(1).unwrap();
+        answered.recv().unwrap()
+    };
+    let other = move || {
+        answer.send(2).unwrap();
+        asked.recv().unwrap()
+    };
+    // One after the other would wait for ever.
+    assert_eq!(storage.both(one, other), (2, 1));
+}

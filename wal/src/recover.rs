@@ -46,8 +46,10 @@ pub struct Opened<S: Storage> {
 pub struct Folding {
     pub store_id: [u8; 16],
     /// The chunks of the newest readable snapshot by ascending id, in the bytes that were verified.
-    pub chunks: Option<Vec<(ChunkId, Bytes)>>,
+    pub chunks: Option<Chunks>,
 }
+
+type Chunks = Vec<(ChunkId, Bytes)>;
 
 impl<S: Storage> Log<S> {
     /// Judges what is in the folder, or begins a new store in an empty one. An existing one is not
@@ -228,11 +230,11 @@ pub(crate) fn choose_snapshot<S: Storage>(
     storage: &S,
     state: &State,
     report: &mut RecoveryReport,
-) -> Result<Option<(Snapshot<S>, Vec<(ChunkId, Bytes)>)>, OpenError> {
+) -> Result<Option<(Snapshot<S>, Chunks)>, OpenError> {
     for named in state.snapshots.iter().rev() {
         let opened = Snapshot::open(storage.clone(), state.store, named.number);
         let read = opened.and_then(|snapshot| {
-            let chunks = snapshot.chunks().collect::<Result<Vec<_>, _>>()?;
+            let chunks = snapshot.chunks().collect::<Result<Chunks, _>>()?;
             Ok((snapshot, chunks))
         });
         match read {

@@ -327,7 +327,7 @@ impl Queue {
 
 pub(super) const ORPHAN: RestoreError = RestoreError::Contradiction("a chunk belongs to nothing");
 
-pub(super) fn decode<'a, T: Deserialize<'a>>(chunk: u64, bytes: &'a [u8]) -> Result<T> {
+fn decode<'a, T: Deserialize<'a>>(chunk: u64, bytes: &'a [u8]) -> Result<T> {
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
         _ => Err(RestoreError::Chunk { chunk }),

@@ -11,10 +11,10 @@ use bytes::Bytes;
 use millpond_protocol::SubscriptionId;
 
 use super::RetryChunk;
-use super::read::{ORPHAN, Result, decode, own};
+use super::read::{ORPHAN, Result, own};
 use crate::effect::RestoreError;
 use crate::queue::Queue;
-use crate::state::dirty;
+use crate::state::dirty::{self, ENTRIES_SHIFT};
 use crate::state::redelivery::{Failure, Retry, Shelf};
 
 impl Queue {
@@ -72,18 +72,28 @@ impl Queue {
     fn shelf(&self, chunk: u64, bytes: &[u8]) -> Result<(SubscriptionId, Shelf)> {
         let id = SubscriptionId(dirty::entity(chunk));
         let sub = self.subscriptions.get(&id).ok_or(ORPHAN)?;
-        let read: Vec<RetryChunk<'_>> = decode(chunk, bytes)?;
-        let mut names = BTreeMap::new();
-        let entries = read
-            .into_iter()
-            .map(|read| (read.offset, retry(read, &mut names)));
+        let entries = entries(bytes).ok_or(RestoreError::Chunk { chunk })?;
         let is_alone = |offset, retry: &Retry| {
             // Few have to be told which attempt is their last.
             retry.suspect || (retry.lost && retry.is_alone(self.max_attempts(sub, offset, retry)))
         };
-        let shelf = Shelf::of(entries.collect(), is_alone).ok_or(DISORDER)?;
+        let shelf = Shelf::of(entries, is_alone).ok_or(DISORDER)?;
         Ok((id, shelf))
     }
+}
+
+/// The entries of a chunk; `None` if it is none. They are taken out one by one, without a list of them as they
+/// stand there.
+fn entries(bytes: &[u8]) -> Option<Vec<(u64, Retry)>> {
+    let (count, mut rest): (u64, _) = postcard::take_from_bytes(bytes).ok()?;
+    let mut names = BTreeMap::new();
+    let mut entries = Vec::with_capacity(count.min(1 << ENTRIES_SHIFT) as usize);
+    for _ in 0..count {
+        let (read, left): (RetryChunk<'_>, _) = postcard::take_from_bytes(rest).ok()?;
+        entries.push((read.offset, retry(read, &mut names)));
+        rest = left;
+    }
+    rest.is_empty().then_some(entries)
 }
 
 fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {

@@ -15,8 +15,11 @@ use crate::peer::{Answer, Consumer, Peer, Producer};
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Workload {
+    #[serde(rename = "publish_1k")]
     Publish1k,
+    #[serde(rename = "publish_128")]
     Publish128,
+    #[serde(rename = "consume_ack_1k")]
     ConsumeAck1k,
     EndToEnd,
     Redelivery,

@@ -262,6 +262,9 @@ pub fn read_log<S: Storage>(
         }
         Err(error) => return Err(BodyError::Io(error.to_string())),
     };
+    if let [first, .., last] = &rows[..] {
+        reader.reads(first.place, last.place, bytes);
+    }
     let behind = rows.first().map(|row| row.base);
     let (mut runs, mut next, mut left, mut room) = (Vec::new(), offset, count, bytes);
     for row in rows {

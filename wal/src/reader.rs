@@ -124,6 +124,23 @@ impl<S: Storage> LogReader<S> {
         read_record(&segment, spot, place, bytes_max, &self.pool)
     }
 
+    /// Who is about to read these records of one segment and what is between them, at most `bytes`, has the
+    /// disk asked for all of it at once. Only of a segment that is mapped.
+    pub fn reads(&self, first: Place, last: Place, bytes: usize) {
+        let pinned = self.tables.read().holding(first.index).and_then(Held::pin);
+        if let Some(segment) = pinned
+            && let Some(map) = segment.map()
+            && let Ok(Some(first)) = segment.spot(first.index)
+            && let Ok(Some(last)) = segment.spot(last.index)
+        {
+            let (from, to) = (
+                first.position() as usize,
+                last.position() as usize + last.bytes(),
+            );
+            map.will_need(from..to.min(from.saturating_add(bytes)));
+        }
+    }
+
     /// Who has just read up to this record, `bytes` of it and before, reads on: has as much read into
     /// memory, so far ahead that it is there in time. Only of a segment that is mapped.
     pub fn reads_on(&self, place: Place, bytes: usize) {

@@ -257,6 +257,9 @@ impl<F: StorageFile> SealedBody<F> {
             return read_exact_at(&self.file, position, buf);
         };
         let from = usize::try_from(position).map_err(io::Error::other)?;
+        if buf.len() > BLOCK_BYTES {
+            map.will_need(from..from.saturating_add(buf.len()));
+        }
         let slice = from.checked_add(buf.len()).and_then(|to| map.get(from..to));
         buf.copy_from_slice(slice.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())

@@ -3,8 +3,8 @@
 //! A mapped file must never change or shrink while the map lives: a store to it would be a data race
 //! with the reader's slice, and a page behind the new end is `SIGBUS`. What keeps that promise:
 //! - only files opened by `open_read` are mapped, and the log opens so only what is sealed;
-//! - a sealed file is never written, truncated or renamed onto, only unlinked, and an unlinked
-//!   file keeps its pages until the last map of it is gone;
+//! - a sealed file is never written, truncated or renamed onto while its segment, which owns the only
+//!   map of it, is there; it may be unlinked, and keeps its pages until the map is gone (see `unlink`);
 //! - the folder lock keeps a second broker out.
 //!
 //! A disk error under a map kills the process, because there is no call that could return it.
@@ -30,7 +30,8 @@ impl Map {
     /// all of them, and every sync behind them its time. Who needs more says so with `will_need`.
     pub(crate) fn of(file: &File) -> io::Result<Map> {
         // SAFETY: `FolderFile::map` hands in only descriptors from `open_read`, and those exist only
-        // for sealed files, which nobody writes or truncates while the folder lock is held.
+        // for sealed files, which nobody writes, and nobody truncates before the map is dropped, while
+        // the folder lock is held.
         let map = unsafe { memmap2::Mmap::map(file) }?;
         // Only advice: without it, reading is slower and as right.
         let _ = map.advise(memmap2::Advice::Random);

@@ -137,6 +137,14 @@ impl<T> Drop for Pin<T> {
 #[derive(Debug)]
 pub struct Freed<T>(Arc<Slot<T>>);
 
+impl<T> Freed<T> {
+    /// The thing itself, if there is no handle to it left that could still look at it.
+    pub fn into_inner(self) -> Option<T> {
+        let slot = Arc::try_unwrap(self.0).ok()?;
+        Some(slot.value)
+    }
+}
+
 impl<T> Deref for Freed<T> {
     type Target = T;
 
@@ -213,6 +221,22 @@ mod tests {
         drop((retirement, early, late));
         drop(pin);
         assert_eq!(std::sync::Arc::strong_count(&alive), 1);
+    }
+
+    #[test]
+    fn only_the_last_handle_gives_out_what_is_free() {
+        let retirement = Retirement::new();
+        let (held, other) = (retirement.hold(7), retirement.hold(8));
+        held.retire();
+        other.retire();
+        drop(held);
+        let taken: Vec<_> = retirement
+            .free()
+            .into_iter()
+            .map(Freed::into_inner)
+            .collect();
+        assert_eq!(taken, [Some(7), None]);
+        assert_eq!(*other, 8);
     }
 
     #[test]

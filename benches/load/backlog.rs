@@ -49,13 +49,18 @@ pub async fn take(
         taken: 0,
         waiting: VecDeque::new(),
     };
-    intake.run(Instant::now() + pace.warm_up, None).await?;
-    let mut meter = Meter::start(bench.server())?;
-    intake
-        .run(Instant::now() + pace.measured, Some(&mut meter))
-        .await?;
-    let sample = meter.stop(message_bytes as u64);
-    intake.deliveries.close().await;
+    let server = bench.server();
+    let measured = tokio::spawn(async move {
+        intake.run(Instant::now() + pace.warm_up, None).await?;
+        let mut meter = Meter::start(server)?;
+        intake
+            .run(Instant::now() + pace.measured, Some(&mut meter))
+            .await?;
+        let sample = meter.stop(message_bytes as u64);
+        intake.deliveries.close().await;
+        sample
+    });
+    let sample = measured.await?;
     client.close().await;
     sample
 }

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use millpond_protocol::control::{LeaseName, Outcome as Verdict};
 use millpond_protocol::frame::HEADER_BYTES;
 use millpond_protocol::hot::{
     AckRun, ConsumerCredit, Credit, DeliverMeta, Publish, decode_acks, decode_deliver,
@@ -16,16 +17,18 @@ use millpond_protocol::{
     Delivery, Epoch, LogIndex, Message, MessageView, Offset, ProducerHandle, ProducerKey, Sequence,
     SessionId, Stamp, SubscriptionConfig, SubscriptionId, TopicConfig, TopicId,
 };
-use millpond_queue::{Effect, Outcome, Place, Proposal, Queue, Record, StartPosition};
+use millpond_queue::{Effect, Outcome, Place, Proposal, Queue, Record, SettleEntry, StartPosition};
 use millpond_wal::sim::SimStorage;
 use millpond_wal::{Log, Options};
 
 /// Messages of one batch, hand-out or settlement.
 const BATCH: u64 = 64;
 const SIZES: [usize; 2] = [128, 1_024];
+/// Messages that fail together.
+const STORM: u64 = 1_024 * BATCH;
 const SESSION: SessionId = SessionId(1 << 32 | 1);
 
-criterion_group!(all, codec, entry, queue);
+criterion_group!(all, codec, entry, queue, retries);
 criterion_main!(all);
 
 fn batch(first: u64, payload: usize) -> Bytes {
@@ -238,29 +241,38 @@ impl Rig {
         let began = Instant::now();
         while self.queue.dispatch(self.now, 8_192, &mut proposals) {}
         let took = began.elapsed();
+        assert_eq!(self.lease(proposals), BATCH);
+        took
+    }
+
+    /// Takes hand-outs in; how many messages they were.
+    fn lease(&mut self, proposals: Vec<Proposal>) -> u64 {
         let mut handed_out = 0;
         for proposal in proposals {
             if let Proposal::Lease { record, ranges, .. } = proposal {
-                handed_out += ranges
-                    .iter()
-                    .map(|range| u64::from(range.count))
-                    .sum::<u64>();
+                let counts = ranges.iter().map(|range| u64::from(range.count));
+                handed_out += counts.sum::<u64>();
                 self.apply(&record);
             }
         }
-        assert_eq!(handed_out, BATCH);
-        took
+        handed_out
     }
 
     /// Acknowledges what was published last, each by itself.
     fn settle(&mut self) -> Duration {
         self.begun(self.last);
         let first = self.last - BATCH;
+        let acks = (first..self.last).map(|offset| run(offset, 1, 1));
+        self.settled(acks.collect(), Vec::new())
+    }
+
+    /// Settles, and nothing is refused.
+    fn settled(&mut self, acks: Vec<AckRun>, items: Vec<SettleEntry>) -> Duration {
         let record = Record::Settle {
             subscription: self.subscription,
             session: SESSION,
-            acks: (first..self.last).map(|offset| run(offset, 1, 1)).collect(),
-            items: Vec::new(),
+            acks,
+            items,
         };
         let began = Instant::now();
         let outcome = self.apply(&record);
@@ -271,6 +283,82 @@ impl Rig {
         }
         took
     }
+}
+
+/// What a message costs that fails once, of many that do.
+#[derive(Default)]
+struct Storm {
+    nacks: Duration,
+    hand_outs: Duration,
+    acks: Duration,
+}
+
+impl Storm {
+    fn run() -> Self {
+        let mut rig = Rig::new();
+        let mut storm = Self::default();
+        while rig.last < STORM {
+            rig.publish(128);
+        }
+        storm.hand_out(&mut rig);
+        storm.hand_outs = Duration::ZERO;
+        for first in (0..STORM).step_by(BATCH as usize) {
+            let nack = |offset| SettleEntry {
+                lease: LeaseName {
+                    offset: Offset(offset),
+                    delivery: Delivery(1),
+                },
+                outcome: Verdict::Nack {
+                    delay_ms: Some(60_000),
+                    code: 7,
+                    reason: String::new(),
+                },
+                begun_at: Some(rig.now),
+                history: Vec::new(),
+            };
+            let items = (first..first + BATCH).map(nack).collect();
+            storm.nacks += rig.settled(Vec::new(), items);
+        }
+        rig.now = rig.now.plus_ms(120_000);
+        rig.queue.renew(SESSION, rig.now);
+        storm.hand_out(&mut rig);
+        for first in (0..STORM).step_by(BATCH as usize) {
+            let acks = (first..first + BATCH).map(|offset| run(offset, 2, 1));
+            storm.acks += rig.settled(acks.collect(), Vec::new());
+        }
+        storm
+    }
+
+    fn hand_out(&mut self, rig: &mut Rig) {
+        let mut left = STORM;
+        while left > 0 {
+            let mut proposals = Vec::new();
+            let began = Instant::now();
+            rig.queue.dispatch(rig.now, 8_192, &mut proposals);
+            left -= rig.lease(proposals);
+            self.hand_outs += began.elapsed();
+        }
+    }
+}
+
+type PartOf = fn(&Storm) -> Duration;
+
+fn retries(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("retries");
+    group
+        .throughput(Throughput::Elements(STORM))
+        .sample_size(10);
+    let steps: [(&str, PartOf); 3] = [
+        ("apply nacks", |storm| storm.nacks),
+        ("hand out again", |storm| storm.hand_outs),
+        ("apply acknowledgements", |storm| storm.acks),
+    ];
+    for (name, step) in steps {
+        group.bench_function(name, |bench| {
+            bench.iter_custom(|rounds| (0..rounds).map(|_| step(&Storm::run())).sum());
+        });
+    }
+    group.finish();
 }
 
 type Step = fn(&mut Rig) -> Duration;

@@ -83,7 +83,8 @@ impl Queue {
         if planted::is(Bug::DeadLetterStays) {
             if let Some(sub) = self.subscriptions.get_mut(&sub_id) {
                 let due = Some(at.stamp);
-                sub.wait(offset, Retry { due, ..retry }, u32::MAX, &mut self.dirty);
+                let retry = Box::new(Retry { due, ..retry });
+                sub.wait(offset, retry, u32::MAX, &mut self.dirty);
             }
             return;
         }
@@ -348,7 +349,7 @@ impl Queue {
             own: Some(letter.own),
             ..Retry::default()
         };
-        sub.wait(offset, retry, u32::MAX, &mut self.dirty);
+        sub.wait(offset, Box::new(retry), u32::MAX, &mut self.dirty);
         self.wake(id);
     }
 

@@ -259,7 +259,7 @@ impl Queue {
         let Some(sub) = self.subscriptions.get_mut(&id) else {
             return;
         };
-        let retry = sub.take_retry(offset, &mut self.dirty).unwrap_or_default();
+        let retry = *sub.take_retry(offset, &mut self.dirty).unwrap_or_default();
         self.pins.unpin_record(retry.place);
         self.kill(at, id, offset, retry, reason);
     }
@@ -345,8 +345,9 @@ impl Queue {
         self.dirty.mark(dirty::leases(id, 0));
         self.work.hot.insert(id);
         lost.entry(run.session).or_default().extend(names(&run));
-        let first = Retry::first(run.session, run.delivery);
-        let retry = sub.take_retry(offset, &mut self.dirty).unwrap_or(first);
+        let retry = sub
+            .take_retry(offset, &mut self.dirty)
+            .map_or_else(|| Retry::first(run.session, run.delivery), |retry| *retry);
         self.pins.unpin_record(retry.place);
         self.kill(at, id, offset, retry, reason);
     }

@@ -302,8 +302,10 @@ impl Queue {
         let Some(sub) = self.subscriptions.get_mut(&ended.sub) else {
             return;
         };
-        let first = Retry::first(ended.run.session, ended.run.delivery);
-        let mut retry = sub.take_retry(offset, &mut self.dirty).unwrap_or(first);
+        let first = || Box::new(Retry::first(ended.run.session, ended.run.delivery));
+        let mut retry = sub
+            .take_retry(offset, &mut self.dirty)
+            .unwrap_or_else(first);
         self.pins.unpin_record(retry.place);
         retry.answered = ended.answered.then(|| ending.answer());
         retry.first_attempt_at = retry.first_attempt_at.or(ending.begun_at());
@@ -333,7 +335,7 @@ impl Queue {
             return;
         };
         if let Some(reason) = self.reason_to_die(at.stamp, sub, offset, &retry, ending) {
-            self.kill(at, ended.sub, offset, retry, reason);
+            self.kill(at, ended.sub, offset, *retry, reason);
             return;
         }
         let due = self.due(at.stamp, sub, offset, &retry, ending);

@@ -214,12 +214,14 @@ impl Server<'_> {
             return 0;
         };
         let until = ..=(due_by(self.now), u64::MAX);
-        let most = HANDOUT_MAX as usize;
-        let due = self.sub.retries.due().range(until).take(most).count() as u64;
-        let new = self.topic.next.saturating_sub(self.sub.hand.cursor) + self.sub.again.len();
         let eligible = self.sub.hand.creditors.len().max(1) as u64;
+        let most = free.min(room).min(HANDOUT_MAX);
+        // More than everybody's most changes no share.
+        let counted = most.saturating_mul(eligible).min(HANDOUT_MAX) as usize;
+        let due = self.sub.retries.due().range(until).take(counted).count() as u64;
+        let new = self.topic.next.saturating_sub(self.sub.hand.cursor) + self.sub.again.len();
         let share = (due + new).div_ceil(eligible).max(1);
-        let share = share.min(free).min(room).min(HANDOUT_MAX);
+        let share = share.min(most);
         let retries = if due > 0 { self.due(share) } else { Vec::new() };
         let mut fresh = Vec::new();
         if self.sub.retries.bytes() < self.retry_bytes_max {

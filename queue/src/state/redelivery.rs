@@ -5,7 +5,7 @@
 //! leased. `bytes` is the cost of all entries. Entries stand on shelves of as many offsets as a chunk of the
 //! snapshot has, so that a start builds a shelf from a chunk at once; no shelf is empty.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use millpond_protocol::limits::HISTORY_MAX;
@@ -31,7 +31,7 @@ pub struct Retry {
     /// How its own session's settlement ended the last lease, if one did.
     pub answered: Option<Answer>,
     /// Leases before the last one, oldest first: delivery number and whose it was.
-    pub earlier: VecDeque<(u32, SessionId)>,
+    pub earlier: Vec<(u32, SessionId)>,
     /// Begun beside others in a session that was lost: to be delivered alone.
     pub suspect: bool,
     /// Its last failure was the loss of a session: if one attempt is left, it is delivered alone.
@@ -44,7 +44,7 @@ pub struct Retry {
     /// What the message has of its own, kept here once it was redriven.
     pub own: Option<Extra>,
     /// The last failures, oldest first.
-    pub history: VecDeque<Failure>,
+    pub history: Vec<Failure>,
 }
 
 /// A settlement that ended a lease, other than an ack.
@@ -81,10 +81,11 @@ impl Retry {
     /// It is leased again.
     pub fn lease(&mut self, session: SessionId, delivery: u32) {
         if self.deliveries > 0 {
-            if self.earlier.len() == EARLIER_MAX {
-                self.earlier.pop_front();
-            }
-            self.earlier.push_back((self.delivery, self.session));
+            push_last(
+                &mut self.earlier,
+                (self.delivery, self.session),
+                EARLIER_MAX,
+            );
         }
         self.due = None;
         self.deliveries += 1;
@@ -100,10 +101,7 @@ impl Retry {
     }
 
     pub fn remember(&mut self, failure: Failure) {
-        if self.history.len() == HISTORY_MAX {
-            self.history.pop_front();
-        }
-        self.history.push_back(failure);
+        push_last(&mut self.history, failure, HISTORY_MAX);
     }
 
     /// Whether its next hand-out is to be the only one of its session.
@@ -118,10 +116,22 @@ impl Retry {
     }
 }
 
+/// Appends to a list that keeps its last `most` items, and takes hardly more memory than it has items: most
+/// messages fail once, and many may wait.
+fn push_last<T>(list: &mut Vec<T>, item: T, most: usize) {
+    if list.len() == most {
+        list.remove(0);
+    }
+    if list.len() == list.capacity() {
+        list.reserve_exact(list.len().max(1));
+    }
+    list.push(item);
+}
+
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retries {
-    /// By shelf, then by offset.
-    shelves: BTreeMap<u64, BTreeMap<u64, Retry>>,
+    /// By shelf, then by offset. An entry stands by itself, so that a tree moves no more than where it is.
+    shelves: BTreeMap<u64, BTreeMap<u64, Box<Retry>>>,
     due: BTreeSet<(Stamp, u64)>,
     alone: BTreeSet<(Stamp, u64)>,
     bytes: u64,
@@ -130,7 +140,7 @@ pub struct Retries {
 /// The retries of one chunk of a snapshot.
 #[derive(Debug, Default)]
 pub struct Shelf {
-    entries: BTreeMap<u64, Retry>,
+    entries: BTreeMap<u64, Box<Retry>>,
     bytes: u64,
     due: Vec<(Stamp, u64)>,
     alone: Vec<(Stamp, u64)>,
@@ -140,7 +150,10 @@ pub struct Shelf {
 
 impl Shelf {
     /// `None` unless they are all of one shelf, by rising offsets.
-    pub fn of(entries: Vec<(u64, Retry)>, is_alone: impl Fn(u64, &Retry) -> bool) -> Option<Self> {
+    pub fn of(
+        entries: Vec<(u64, Box<Retry>)>,
+        is_alone: impl Fn(u64, &Retry) -> bool,
+    ) -> Option<Self> {
         let first = entries.first().map_or(0, |(offset, _)| *offset);
         let rising = entries.windows(2).all(|pair| pair[0].0 < pair[1].0);
         if !rising
@@ -168,7 +181,7 @@ impl Shelf {
 
 impl Retries {
     pub fn get(&self, offset: u64) -> Option<&Retry> {
-        self.shelves.get(&shelf_of(offset))?.get(&offset)
+        Some(self.shelves.get(&shelf_of(offset))?.get(&offset)?)
     }
 
     pub fn contains(&self, offset: u64) -> bool {
@@ -181,7 +194,7 @@ impl Retries {
     }
 
     /// Puts an entry there; the one before must have been taken out.
-    pub fn put(&mut self, offset: u64, retry: Retry, max_attempts: u32) {
+    pub fn put(&mut self, offset: u64, retry: Box<Retry>, max_attempts: u32) {
         self.bytes += retry.bytes();
         if let Some(due) = retry.due {
             if retry.is_alone(max_attempts) {
@@ -218,19 +231,37 @@ impl Retries {
         true
     }
 
-    pub fn take(&mut self, offset: u64) -> Option<Retry> {
+    pub fn take(&mut self, offset: u64) -> Option<Box<Retry>> {
         let shelf = self.shelves.get_mut(&shelf_of(offset))?;
         let retry = shelf.remove(&offset)?;
         if shelf.is_empty() {
             self.shelves.remove(&shelf_of(offset));
         }
         self.bytes -= retry.bytes();
-        if let Some(due) = retry.due
-            && !self.due.remove(&(due, offset))
-        {
-            self.alone.remove(&(due, offset));
+        if let Some(due) = retry.due {
+            self.wait_no_more(due, offset);
         }
         Some(retry)
+    }
+
+    /// Leases an entry that waits, where it stands.
+    pub fn lease(&mut self, offset: u64, session: SessionId, delivery: u32) {
+        let shelf = self.shelves.get_mut(&shelf_of(offset));
+        let Some(retry) = shelf.and_then(|shelf| shelf.get_mut(&offset)) else {
+            return;
+        };
+        let before = (retry.bytes(), retry.due);
+        retry.lease(session, delivery);
+        self.bytes = self.bytes - before.0 + retry.bytes();
+        if let Some(due) = before.1 {
+            self.wait_no_more(due, offset);
+        }
+    }
+
+    fn wait_no_more(&mut self, due: Stamp, offset: u64) {
+        if !self.due.remove(&(due, offset)) {
+            self.alone.remove(&(due, offset));
+        }
     }
 
     pub fn clear(&mut self) {
@@ -239,7 +270,7 @@ impl Retries {
 
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Retry)> {
         let all = self.shelves.values().flatten();
-        all.map(|(offset, retry)| (*offset, retry))
+        all.map(|(offset, retry)| (*offset, &**retry))
     }
 
     /// Entries of `first..end`.
@@ -247,7 +278,7 @@ impl Retries {
         self.shelves
             .range(shelf_of(first)..=shelf_of(end))
             .flat_map(move |(_, shelf)| shelf.range(first..end))
-            .map(|(offset, retry)| (*offset, retry))
+            .map(|(offset, retry)| (*offset, &**retry))
     }
 
     /// Waiting entries that may go to any session, by (due, offset).

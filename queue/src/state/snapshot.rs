@@ -476,7 +476,7 @@ impl Queue {
                 first_attempt_at: retry.first_attempt_at,
                 place: retry.place,
                 own,
-                earlier: retry.earlier.iter().copied().collect(),
+                earlier: retry.earlier.to_vec(),
                 history: history
                     .map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code))
                     .collect(),

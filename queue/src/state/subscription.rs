@@ -244,11 +244,8 @@ impl Subscription {
             if !is_due || delivery != retry.delivery.max(self.delivery_base) + 1 {
                 return false;
             }
-            let Some(mut retry) = self.take_retry(offset, dirty) else {
-                return false;
-            };
-            retry.lease(session, delivery);
-            self.retries.put(offset, retry, u32::MAX);
+            self.retries.lease(offset, session, delivery);
+            dirty.mark(dirty::retries(self.id, offset));
         } else if delivery != self.delivery_base + 1 || !self.again.remove(offset) {
             return false;
         } else {
@@ -265,13 +262,13 @@ impl Subscription {
     }
 
     /// Makes a message wait as its entry says.
-    pub fn wait(&mut self, offset: u64, retry: Retry, max_attempts: u32, dirty: &mut Dirty) {
+    pub fn wait(&mut self, offset: u64, retry: Box<Retry>, max_attempts: u32, dirty: &mut Dirty) {
         debug_assert!(retry.due.is_some(), "a waiting message has a due time");
         dirty.mark(dirty::retries(self.id, offset));
         self.retries.put(offset, retry, max_attempts);
     }
 
-    pub fn take_retry(&mut self, offset: u64, dirty: &mut Dirty) -> Option<Retry> {
+    pub fn take_retry(&mut self, offset: u64, dirty: &mut Dirty) -> Option<Box<Retry>> {
         let retry = self.retries.take(offset)?;
         dirty.mark(dirty::retries(self.id, offset));
         Some(retry)

@@ -84,13 +84,13 @@ impl Queue {
 
 /// The entries of a chunk; `None` if it is none. They are taken out one by one, without a list of them as they
 /// stand there.
-fn entries(bytes: &[u8]) -> Option<Vec<(u64, Retry)>> {
+fn entries(bytes: &[u8]) -> Option<Vec<(u64, Box<Retry>)>> {
     let (count, mut rest): (u64, _) = postcard::take_from_bytes(bytes).ok()?;
     let mut names = BTreeMap::new();
     let mut entries = Vec::with_capacity(count.min(1 << ENTRIES_SHIFT) as usize);
     for _ in 0..count {
         let (read, left): (RetryChunk<'_>, _) = postcard::take_from_bytes(rest).ok()?;
-        entries.push((read.offset, retry(read, &mut names)));
+        entries.push((read.offset, Box::new(retry(read, &mut names))));
         rest = left;
     }
     rest.is_empty().then_some(entries)
@@ -119,7 +119,7 @@ fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> R
         first_attempt_at: read.first_attempt_at,
         place: read.place,
         own: read.own.map(own),
-        earlier: read.earlier.into(),
+        earlier: read.earlier,
         history: read.history.into_iter().map(failure).collect(),
     }
 }

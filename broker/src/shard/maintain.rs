@@ -21,6 +21,8 @@ use crate::clock::Clock;
 const UPKEEP_EVERY_US: u64 = 1_000_000;
 /// A segment is cleaned when at most this share of its messages is still needed, in percent.
 const CLEAN_LIVE_PERCENT: u64 = 25;
+/// A nack or another end of a lease takes as long to replay as so many bytes of messages, at least.
+const REPLAY_BYTES_OF_ITEM: u64 = 256;
 /// Runs of messages that one look for something to do lets go, at most; 16 bytes of log each.
 const LET_GO_RUNS_MAX: usize = 4_096;
 
@@ -62,6 +64,7 @@ impl<S: Storage> Job<S> {
 #[derive(Debug, Default)]
 pub(super) struct Maintenance {
     snapshot_every_bytes: u64,
+    /// What a start would replay, in bytes of messages that take as long.
     bytes_since_snapshot: u64,
     snapshot_running: bool,
     /// What the running snapshot has: to be written again if it fails.
@@ -84,6 +87,10 @@ impl Maintenance {
 
     pub(super) fn note_commit(&mut self, bytes: u64) {
         self.bytes_since_snapshot += bytes;
+    }
+
+    pub(super) fn note_items(&mut self, items: usize) {
+        self.bytes_since_snapshot += items as u64 * REPLAY_BYTES_OF_ITEM;
     }
 
     pub(super) fn wait_us(&self, clock_us: u64) -> u64 {

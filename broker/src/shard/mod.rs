@@ -427,6 +427,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 self.group.push(stamp.0, kind, &[&header, messages]);
             }
             other => {
+                if let Record::Settle { items, .. } = other {
+                    self.maintenance.note_items(items.len());
+                }
                 other.encode(&mut self.scratch);
                 self.group.push(stamp.0, kind, &[&self.scratch]);
             }

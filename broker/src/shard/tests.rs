@@ -4,7 +4,8 @@
 
 use bytes::BytesMut;
 use millpond_protocol::control::{
-    CreateSubscription, OpenConsumer, OpenProducer, Request, SessionResume,
+    CreateSubscription, LeaseName, OpenConsumer, OpenProducer, Outcome as Verdict, Request,
+    SessionResume, SettleItem,
 };
 use millpond_protocol::hot::{AckRun, ConsumerCredit, Credit};
 use millpond_protocol::{Delivery, Message, Offset, ProducerHandle, Sequence, TopicConfig};
@@ -277,6 +278,40 @@ fn nothing_is_handed_out_behind_what_may_make_it_void() {
     let (stream, Opened { session, .. }) = rig.consume(None);
     let close = Input::CloseSession { stream, session };
     assert_eq!(rig.grant_behind(close, session, stream), 0);
+}
+
+/// A nack is short in the log and long to replay.
+#[test]
+fn a_snapshot_follows_many_nacks_although_they_are_few_bytes() {
+    let mut rig = Rig::new();
+    let (stream, Opened { session, .. }) = rig.consume(None);
+    let nack = |offset| SettleItem {
+        lease: LeaseName {
+            offset: Offset(offset),
+            delivery: Delivery(1),
+        },
+        outcome: Verdict::Nack {
+            delay_ms: None,
+            code: 0,
+            reason: String::new(),
+        },
+    };
+    let (mut nacks, mut snapshots) = (0, 0);
+    while snapshots == 0 {
+        let items = (0..64).map(nack).collect();
+        rig.ask(Input::Settle {
+            stream,
+            session,
+            acks: Vec::new(),
+            items,
+        });
+        nacks += 64;
+        assert!(nacks <= 4_096, "a mebibyte by what they take to replay");
+        let mut out = Outbox::default();
+        rig.shard.upkeep(&mut out).unwrap();
+        let jobs = out.jobs.iter();
+        snapshots = jobs.filter(|job| matches!(job, Job::Snapshot(_))).count();
+    }
 }
 
 #[test]

@@ -14,8 +14,9 @@ use crate::scenarios::Bench;
 /// Publishes for a while, then consumes what was published.
 pub async fn consume(bench: &Bench<'_>, message_bytes: usize) -> Result<Sample> {
     let pace = bench.plan.pace;
+    let window = publish::window_deep(message_bytes);
     let publisher = bench.connect("bench-publisher").await?;
-    let mut pump = Pump::open(&publisher, 1, message_bytes, WINDOW_DEEP as usize).await?;
+    let mut pump = Pump::open(&publisher, 1, message_bytes, window).await?;
     let messages_max = pace.bytes_max / message_bytes as u64;
     let published = pump
         .run(Instant::now() + pace.total(), messages_max, None)

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 use millpond_client::{Client, Message, Producer, Receipt, TopicConfig};
 
+use crate::floors::WINDOW_DEEP;
 use crate::sample::{Meter, Sample};
 use crate::scenarios::Bench;
 
@@ -19,8 +20,19 @@ pub async fn pipelined(
     window: usize,
 ) -> Result<Sample> {
     let client = bench.connect("bench-publisher").await?;
+    let pump = Pump::open(&client, topics, message_bytes, window).await?;
+    let sample = warm_then_measure(bench, pump, message_bytes).await;
+    client.close().await;
+    sample
+}
+
+/// Lets a pump run until it is warm, then measures it.
+pub async fn warm_then_measure(
+    bench: &Bench<'_>,
+    mut pump: Pump,
+    message_bytes: usize,
+) -> Result<Sample> {
     let pace = bench.plan.pace;
-    let mut pump = Pump::open(&client, topics, message_bytes, window).await?;
     let messages_max = pace.bytes_max / message_bytes as u64;
     pump.run(Instant::now() + pace.warm_up, messages_max, None)
         .await?;
@@ -29,7 +41,6 @@ pub async fn pipelined(
     pump.run(end, messages_max, Some(&mut meter)).await?;
     let sample = meter.stop(message_bytes as u64);
     pump.close().await?;
-    client.close().await;
     sample
 }
 
@@ -195,6 +206,11 @@ pub fn topic(nth: usize) -> String {
     format!("load-{nth}")
 }
 
+/// As many messages of a size as a deep window has, or as few as its bytes allow.
+pub fn window_deep(message_bytes: usize) -> usize {
+    (WINDOW_DEEP as usize).min(WINDOW_BYTES_MAX / message_bytes)
+}
+
 /// A message whose payload has so many bytes.
 pub fn message(bytes: usize) -> Message {
     Message::new(Bytes::from(vec![0x5a; bytes]))
@@ -210,5 +226,7 @@ pub async fn open(client: &Client, topic: &str) -> Result<Producer> {
 pub const OPENING_MAX: usize = 64;
 /// One message in so many has its latency taken.
 const SAMPLE_EVERY: u64 = 16;
+/// What a deep window holds at the most; a producer of the client has room for half of it.
+const WINDOW_BYTES_MAX: usize = 64 << 20;
 /// The payload of a small message.
 pub const MESSAGE_BYTES_SMALL: usize = 128;

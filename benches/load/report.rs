@@ -98,11 +98,7 @@ impl Report {
     /// True if nothing failed in any round.
     pub fn is_complete(&self) -> bool {
         let mut lines = self.floors.iter().chain(&self.scenarios);
-        lines.all(|line| {
-            line.rounds
-                .iter()
-                .all(|round| matches!(round, Round::Sample(_)))
-        })
+        lines.all(|line| line.rounds.iter().all(Round::is_good))
     }
 }
 
@@ -118,17 +114,27 @@ impl Line {
             what,
             summary: Summary::of(&row),
             headline,
-            rounds: row
-                .samples
-                .into_iter()
-                .map(|sample| sample.map_or_else(Round::Failed, Round::Sample))
-                .collect(),
+            rounds: Round::all_of(row),
         }
     }
 }
 
+impl Round {
+    pub fn all_of<K>(row: Row<K>) -> Vec<Self> {
+        row.samples
+            .into_iter()
+            .map(|sample| sample.map_or_else(Self::Failed, Self::Sample))
+            .collect()
+    }
+
+    pub fn is_good(&self) -> bool {
+        matches!(self, Self::Sample(_))
+    }
+}
+
 impl Summary {
-    fn of<K>(row: &Row<K>) -> Option<Self> {
+    /// `None` if every round failed.
+    pub fn of<K>(row: &Row<K>) -> Option<Self> {
         let latency = |value: fn(&crate::latency::Percentiles) -> f64| {
             Spread::of(row.good().filter_map(|s| s.latency.as_ref()).map(value))
         };

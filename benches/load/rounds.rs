@@ -49,7 +49,7 @@ pub async fn run(plan: &Plan) -> Result<Measured> {
 }
 
 impl<K> Row<K> {
-    fn new(kind: K) -> Self {
+    pub fn new(kind: K) -> Self {
         Self {
             kind,
             samples: Vec::new(),
@@ -63,7 +63,7 @@ impl<K> Row<K> {
     }
 
     /// Keeps a sample, and tells of it while the run goes on.
-    fn push(&mut self, name: &str, round: u32, found: Result<Sample>) {
+    pub fn push(&mut self, name: &str, round: u32, found: Result<Sample>) {
         let found = found.map_err(|error| format!("{error:#}"));
         match &found {
             Ok(sample) => eprintln!(

@@ -107,19 +107,7 @@ impl Scenario {
 
     /// Measures it against a broker with an empty folder, which goes afterwards.
     pub async fn measure(self, plan: &Plan) -> Result<Sample> {
-        let folder = tempfile::Builder::new()
-            .prefix("broker-")
-            .tempdir_in(plan.dir())
-            .context("no folder can be made for the broker")?;
-        let broker = Child::start(Role::Broker, folder.path(), plan.mtu).await?;
-        broker.settle().await?;
-        let mut bench = Bench { plan, broker };
-        let limit = plan.pace.total() * 3 + plan.size.slack;
-        let measured = timeout(limit, self.run(&mut bench)).await;
-        let stopped = bench.broker.stop().await;
-        let sample = measured.with_context(|| format!("it did not end within {limit:?}"))??;
-        stopped.context("the broker did not stop as it should")?;
-        Ok(sample)
+        with_fresh_broker(plan, async |bench| self.run(bench).await).await
     }
 
     async fn run(self, bench: &mut Bench<'_>) -> Result<Sample> {
@@ -145,6 +133,26 @@ impl Scenario {
             Self::Idle => idle::subscriptions(bench).await,
         }
     }
+}
+
+/// Measures something against a broker with an empty folder, which goes afterwards.
+pub async fn with_fresh_broker(
+    plan: &Plan,
+    run: impl AsyncFnOnce(&mut Bench<'_>) -> Result<Sample>,
+) -> Result<Sample> {
+    let folder = tempfile::Builder::new()
+        .prefix("broker-")
+        .tempdir_in(plan.dir())
+        .context("no folder can be made for the broker")?;
+    let broker = Child::start(Role::Broker, folder.path(), plan.mtu).await?;
+    broker.settle().await?;
+    let mut bench = Bench { plan, broker };
+    let limit = plan.pace.total() * 3 + plan.size.slack;
+    let measured = timeout(limit, run(&mut bench)).await;
+    let stopped = bench.broker.stop().await;
+    let sample = measured.with_context(|| format!("it did not end within {limit:?}"))??;
+    stopped.context("the broker did not stop as it should")?;
+    Ok(sample)
 }
 
 /// What a scenario works with.

@@ -5,19 +5,18 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use serde::Serialize;
 
-use crate::report::Report;
-
-pub fn print(report: &Report) -> Result<()> {
+pub fn print(report: &impl Serialize) -> Result<()> {
     write_to(report, &mut std::io::stdout().lock())
 }
 
-pub fn save(report: &Report, path: &Path) -> Result<()> {
+pub fn save(report: &impl Serialize, path: &Path) -> Result<()> {
     let file = File::create(path).with_context(|| format!("{} cannot be made", path.display()))?;
     write_to(report, &mut BufWriter::new(file))
 }
 
-fn write_to(report: &Report, out: &mut impl Write) -> Result<()> {
+fn write_to(report: &impl Serialize, out: &mut impl Write) -> Result<()> {
     serde_json::to_writer_pretty(&mut *out, report)?;
     writeln!(out)?;
     out.flush()?;

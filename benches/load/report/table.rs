@@ -92,7 +92,8 @@ fn numbers(summary: &Summary) -> String {
     )
 }
 
-fn median(spread: &Option<Spread>, digits: usize) -> String {
+/// The median, or a dash if there is none.
+pub fn median(spread: &Option<Spread>, digits: usize) -> String {
     spread.map_or_else(
         || "-".to_owned(),
         |spread| format!("{:.digits$}", spread.median),

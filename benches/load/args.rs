@@ -8,6 +8,7 @@ use clap::{Parser, ValueEnum};
 use tempfile::TempDir;
 
 use crate::floors::Floor;
+use crate::grow::series::Series;
 use crate::scenarios::Scenario;
 
 /// Load on a broker, and the floors under it, in one run.
@@ -20,9 +21,15 @@ pub struct Args {
     /// How often everything is measured.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=100))]
     rounds: u32,
-    /// Only these floors and scenarios; what a ratio needs must be among them.
+    /// Only these floors and scenarios, of which a ratio's must all be among them; or these series.
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     only: Vec<String>,
+    /// Measure how cost grows, in series of points, instead of floors and scenarios.
+    #[arg(long)]
+    grow: bool,
+    /// Also draws the series into this file, as one page of HTML.
+    #[arg(long, value_name = "FILE", requires = "grow")]
+    html: Option<PathBuf>,
     /// Also writes everything into this file, as one JSON object.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -60,6 +67,8 @@ pub enum Role {
 pub struct Plan {
     pub floors: Vec<Floor>,
     pub scenarios: Vec<Scenario>,
+    /// Series instead of both.
+    pub grow: Option<Grow>,
     pub rounds: u32,
     pub pace: Pace,
     pub quick: bool,
@@ -68,6 +77,12 @@ pub struct Plan {
     pub json: Option<PathBuf>,
     pub output: Output,
     folder: Folder,
+}
+
+/// Which series a run measures, and where they are drawn.
+pub struct Grow {
+    pub series: Vec<Series>,
+    pub html: Option<PathBuf>,
 }
 
 /// How long and how much one measurement is.
@@ -143,10 +158,12 @@ enum Folder {
 
 impl Args {
     pub fn plan(&self) -> Result<Plan> {
-        let known: Vec<&str> = Floor::ALL
+        let (floors, scenarios, series) = self.choice();
+        let known: Vec<&str> = floors
             .iter()
             .map(|floor| floor.name())
-            .chain(Scenario::ALL.iter().map(|scenario| scenario.name()))
+            .chain(scenarios.iter().map(|scenario| scenario.name()))
+            .chain(series.iter().map(|series| series.name()))
             .collect();
         for name in &self.only {
             ensure!(
@@ -170,14 +187,12 @@ impl Args {
             ),
         };
         Ok(Plan {
-            floors: Floor::ALL
-                .into_iter()
-                .filter(|f| wanted(f.name()))
-                .collect(),
-            scenarios: Scenario::ALL
-                .into_iter()
-                .filter(|s| wanted(s.name()))
-                .collect(),
+            floors: chosen(floors, |floor| wanted(floor.name())),
+            scenarios: chosen(scenarios, |scenario| wanted(scenario.name())),
+            grow: self.grow.then(|| Grow {
+                series: chosen(series, |series| wanted(series.name())),
+                html: self.html.clone(),
+            }),
             rounds: self.rounds,
             pace: if self.quick { Pace::QUICK } else { Pace::FULL },
             quick: self.quick,
@@ -188,6 +203,19 @@ impl Args {
             folder,
         })
     }
+
+    /// All that a run of this kind may measure.
+    fn choice(&self) -> (&[Floor], &[Scenario], &[Series]) {
+        if self.grow {
+            (&[], &[], &Series::ALL)
+        } else {
+            (&Floor::ALL, &Scenario::ALL, &[])
+        }
+    }
+}
+
+fn chosen<K: Copy>(all: &[K], is_wanted: impl Fn(K) -> bool) -> Vec<K> {
+    all.iter().copied().filter(|&one| is_wanted(one)).collect()
 }
 
 impl Plan {

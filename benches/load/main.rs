@@ -3,6 +3,7 @@
 //! ```text
 //! cargo bench --bench load -- [--quick] [--rounds N] [--only NAME,…] [--json FILE] [--output json]
 //!                             [--dir DIR] [--mtu N]
+//! cargo bench --bench load -- --grow [--html FILE] [the same options]
 //! ```
 //!
 //! Owns: what is measured and in which order. A run is some rounds; a round measures every floor
@@ -10,6 +11,9 @@
 //! what is reported is the median of the rounds with their spread. The load generator is this
 //! process; each broker is a child process with a folder of its own, so that CPU seconds are told
 //! apart and nothing is left behind by the scenario before.
+//!
+//! With `--grow` a run measures series instead: the same work with larger messages, more producers,
+//! topics, subscriptions or waiting messages, to show how its cost grows. `--html` draws them.
 //!
 //! Every acknowledgement waits for the disk: there is no setting to the contrary, here or in the
 //! broker. Not here: other systems, and brokers on other machines.
@@ -20,6 +24,7 @@ mod child;
 mod crowd;
 mod disk;
 mod floors;
+mod grow;
 mod idle;
 mod latency;
 mod machine;
@@ -45,8 +50,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
+use serde::Serialize;
 
-use crate::args::{Args, Output};
+use crate::args::{Args, Output, Plan};
+use crate::grow::Growth;
 use crate::machine::Facts;
 use crate::report::Report;
 
@@ -66,19 +73,35 @@ fn main() -> Result<ExitCode> {
     let facts = Facts::gather(&plan)?;
     // The load is driven from this thread, which is no worker of the runtime: a task that enqueues
     // without a pause would hold back the tasks that it wakes.
-    let measured = runtime.block_on(rounds::run(&plan))?;
-    let report = Report::new(facts, measured);
-    if let Some(path) = &plan.json {
-        report::json::save(&report, path)?;
-    }
-    match plan.output {
-        Output::Table => report::table::print(&report)?,
-        Output::Json => report::json::print(&report)?,
-    }
+    let is_complete = if let Some(grow) = &plan.grow {
+        let measured = runtime.block_on(grow::run(&plan, &grow.series));
+        let growth = Growth::new(facts, measured);
+        tell(&plan, &growth, grow::table::print)?;
+        if let Some(path) = &grow.html {
+            grow::page::save(&growth, path)?;
+        }
+        growth.is_complete()
+    } else {
+        let measured = runtime.block_on(rounds::run(&plan))?;
+        let report = Report::new(facts, measured);
+        tell(&plan, &report, report::table::print)?;
+        report.is_complete()
+    };
     // A claim that is not met is a result; something that could not be measured is a failure.
-    Ok(if report.is_complete() {
+    Ok(if is_complete {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// Writes what was found to where it is wanted.
+fn tell<R: Serialize>(plan: &Plan, found: &R, print_table: fn(&R) -> Result<()>) -> Result<()> {
+    if let Some(path) = &plan.json {
+        report::json::save(found, path)?;
+    }
+    match plan.output {
+        Output::Table => print_table(found),
+        Output::Json => report::json::print(found),
+    }
 }

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use millpond_client::{Offset, StartAt, SubscriptionConfig};
+use millpond_client::{Client, Offset, StartAt, SubscriptionConfig};
 
+use crate::args::Pace;
 use crate::floors::WINDOW_DEEP;
 use crate::publish::{self, Pump};
 use crate::sample::{Meter, Sample};
@@ -24,6 +25,11 @@ pub async fn from_the_start(bench: &Bench<'_>) -> Result<Sample> {
     publisher.close().await;
 
     let client = bench.connect("bench-reader").await?;
+    // A task of the runtime, as a service's readers are.
+    tokio::spawn(read(client, total, pace, bench.server())).await?
+}
+
+async fn read(client: Client, total: u64, pace: Pace, server: Option<u32>) -> Result<Sample> {
     let mut messages = client
         .subscribe(publish::topic(0), "replay")
         .create(SubscriptionConfig::default(), StartAt::Earliest)
@@ -44,7 +50,7 @@ pub async fn from_the_start(bench: &Bench<'_>) -> Result<Sample> {
             drop(messages.commit_later(next));
             let now = Instant::now();
             if meter.is_none() && now >= warm_until {
-                meter = Some(Meter::start(bench.server())?);
+                meter = Some(Meter::start(server)?);
                 end = Some(now + pace.measured);
             }
             if end.is_some_and(|end| now >= end) {

@@ -107,6 +107,17 @@ fn a_seek_that_waits_for_the_disk_may_move_the_floor_back_later() {
     assert!(result.is_ok(), "{result:?}");
 }
 
+/// Seed 1018047: a seek was appended and the broker died before it was applied; a floor was shown in between.
+#[test]
+fn a_seek_that_was_cut_off_may_have_moved_the_floor_back() {
+    let cut = Cut {
+        chaos_us: Some(3_235_591),
+        ..Cut::default()
+    };
+    let (_, result) = trace(1_018_047, cut);
+    assert!(result.is_ok(), "{result:?}");
+}
+
 /// Runs the seed of `MILLPOND_SIM_SEED`, or the first, and shows it.
 #[test]
 fn replay() {

@@ -34,6 +34,8 @@ struct Sub {
     /// The last seek, redrive or purge that may have changed what is known.
     upset: Option<usize>,
     was_sought: bool,
+    /// A seek was taken in and has not been applied yet: told once for each.
+    is_being_sought: bool,
     was_redriven: bool,
     letters_were_purged: bool,
     /// The first floor that was shown: messages below it were never its own.
@@ -122,6 +124,7 @@ impl Consumed {
             messages: BTreeMap::new(),
             upset: None,
             was_sought: false,
+            is_being_sought: false,
             was_redriven: false,
             letters_were_purged: false,
             start: None,
@@ -142,6 +145,10 @@ impl Consumed {
         self.process += 1;
         for sub in &mut self.subs {
             sub.reading = None;
+            // What was shown meanwhile was from before the seek, which may have become durable.
+            if std::mem::take(&mut sub.is_being_sought) {
+                sub.floor = 0;
+            }
         }
     }
 
@@ -304,6 +311,7 @@ impl Sub {
         match admin {
             Admin::Seek { .. } => {
                 self.was_sought = true;
+                self.is_being_sought = !self.is_being_sought;
                 self.floor = 0;
                 self.reading = None;
             }

@@ -550,6 +550,24 @@ fn a_floor_that_moves_back_breaks_i7_unless_it_was_sought() {
 }
 
 #[test]
+fn a_floor_shown_during_a_seek_binds_nobody_if_the_seek_was_cut_off() {
+    let (seek, floor) = (Event::Admin(Admin::Seek { sub: 0 }), |floor| Event::Floor {
+        sub: 0,
+        floor,
+    });
+    let around_the_stop = |before: &[Event]| {
+        spoiled(|events| {
+            let at = position(events, |event| *event == Event::Stopped);
+            let more = [before, &[Event::Stopped, floor(0)]].concat();
+            events.splice(at..at, more);
+        })
+    };
+    assert_eq!(around_the_stop(&[seek.clone(), floor(1)]), []);
+    let applied = [seek.clone(), seek, floor(1)];
+    assert_eq!(around_the_stop(&applied), [Invariant::I7]);
+}
+
+#[test]
 fn a_delivery_after_its_acknowledgement_breaks_i7() {
     let found = spoiled(|events| {
         let at = position(events, |event| *event == Event::Stopped);

@@ -51,6 +51,7 @@ pub async fn take(
         waiting: VecDeque::new(),
     };
     let server = bench.server();
+    // A task of the runtime, as a service's handlers are.
     let measured = tokio::spawn(async move {
         intake.run(Instant::now() + pace.warm_up, None).await?;
         let mut meter = Meter::start(server)?;

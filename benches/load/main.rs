@@ -71,8 +71,8 @@ fn main() -> Result<ExitCode> {
         .build()?;
     let plan = args.plan()?;
     let facts = Facts::gather(&plan)?;
-    // The load is driven from this thread, which is no worker of the runtime: a task that enqueues
-    // without a pause would hold back the tasks that it wakes.
+    // Publishing is driven from this thread, which is no worker of the runtime: a task that enqueues
+    // without a pause would hold back the tasks that it wakes. What consumes much is a task.
     let is_complete = if let Some(grow) = &plan.grow {
         let measured = runtime.block_on(grow::run(&plan, &grow.series));
         let growth = Growth::new(facts, measured);

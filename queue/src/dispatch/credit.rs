@@ -260,6 +260,7 @@ impl Queue {
 fn begin(session: &mut Session, leases: &mut Leases, upto: u64, now: Stamp) {
     let live = &mut session.live;
     let upto = upto.min(live.handed);
+    live.stuck &= upto <= live.begun;
     live.begun = live.begun.max(upto);
     let mut begun = Vec::new();
     while let Some(sent) = live.sent.front_mut() {

@@ -250,7 +250,9 @@ impl Queue {
                 delivery: sent.delivery,
             };
             let unbegun = leased(sub, id, clock).filter(|run| run.begun.is_none());
+            let before = held.len();
             held.extend(unbegun.map(|run| range(&run)));
+            session.live.stuck |= held.len() > before;
         }
         let next = session.next_deadline(processing, hold);
         if next > now || !session.is_empty() {

@@ -238,8 +238,11 @@ impl Server<'_> {
         cut_to(&mut fresh, share - retried);
         pieces.extend(fresh);
         self.give(id, &pieces);
-        self.sub.hand.served = id;
-        total(&pieces)
+        let given = total(&pieces);
+        if given > 0 {
+            self.sub.hand.served = id;
+        }
+        given
     }
 
     /// How many of `share` hand-outs are retries.
@@ -278,7 +281,10 @@ impl Server<'_> {
                 0 => {
                     hand.creditors.remove(&after);
                 }
+                // One at a time shows whether it takes messages again.
+                _ if session.live.stuck && !session.is_empty() => {}
                 room if session.live.alone.is_none() && hand.draining != Some(after) => {
+                    let room = if session.live.stuck { 1 } else { room };
                     return Some((after, room));
                 }
                 _ => {}

@@ -45,6 +45,8 @@ pub struct Live {
     pub proposed: u64,
     /// The message that it has been given alone.
     pub alone: Option<u64>,
+    /// What it held was called back, and it has begun nothing since.
+    pub stuck: bool,
     /// Stream mode: the next offset to be sent.
     pub read: u64,
 }

@@ -331,6 +331,47 @@ fn what_is_held_too_long_unbegun_is_called_back_uncharged() {
     );
 }
 
+// SEMANTICS 1.1
+#[test]
+fn what_is_called_back_goes_to_the_next_consumer() {
+    let mut rig = Rig::new();
+    let sub = handed(&mut rig, 1);
+    rig.grant(1, 9);
+    rig.consumer(sub, 2, 10);
+    for looks in 0..4 {
+        assert!(rig.dispatch().is_empty(), "look {looks}: nothing is ready");
+    }
+    rig.queue.renew(SessionId(1), rig.now);
+    let got = held_until_called_back(&mut rig, 1);
+    assert_eq!(got.len(), 1);
+    assert_eq!((got[0].session, got[0].delivery), (2, 2));
+}
+
+// SEMANTICS 1.1
+#[test]
+fn a_stuck_consumer_gets_one_at_a_time_until_it_begins() {
+    let mut rig = Rig::new();
+    let sub = handed(&mut rig, 4);
+    rig.grant(1, 100);
+    let got = held_until_called_back(&mut rig, 1);
+    assert_eq!(got.len(), 1, "one of four comes again: {got:?}");
+    rig.say(1, 5);
+    assert_eq!(rig.run().len(), 3);
+    assert_eq!(rig.view(sub).in_flight, 4);
+}
+
+/// A minute passes in which a session lives and begins nothing; returns what is handed out then.
+fn held_until_called_back(rig: &mut Rig, session: u64) -> Vec<Got> {
+    for _ in 0..3 {
+        rig.queue.renew(SessionId(session), rig.now);
+        rig.run_for(19_900);
+    }
+    rig.queue.renew(SessionId(session), rig.now);
+    // What is released waits a little.
+    let got = rig.run_for(2_000);
+    got.into_iter().map(|(_, got)| got).collect()
+}
+
 // DESIGN 2
 #[test]
 fn a_message_may_be_begun_before_its_lease_is_applied() {

@@ -202,6 +202,7 @@ impl Model {
             session.marks.clear();
             session.sent.clear();
             session.begun = 0;
+            session.stuck = false;
             session.read = None;
         }
     }

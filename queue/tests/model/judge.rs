@@ -68,6 +68,7 @@ impl Model {
             }
             Proposal::Log(record) => {
                 self.judge_record(record, now);
+                self.note_stuck(record);
                 self.pending.push(record.clone());
             }
             Proposal::Stream {
@@ -161,10 +162,31 @@ impl Model {
         assert!(session.max_bytes > 0, "no credit in bytes: {says}");
     }
 
-    /// A session that holds a suspect holds nothing else.
+    /// A session that was sent what is called back now does not take what it is given.
+    fn note_stuck(&mut self, record: &Record<'_>) {
+        let Record::Expire(Expired::Held {
+            session, ranges, ..
+        }) = record
+        else {
+            return;
+        };
+        let session = self.sessions.get_mut(session).expect("it was judged");
+        let was_sent = |lease: &LeaseName| {
+            ranges.iter().any(|range| {
+                let all = range.offset.0..range.offset.0 + u64::from(range.count);
+                range.delivery == lease.delivery && all.contains(&lease.offset.0)
+            })
+        };
+        session.stuck |= session.sent.iter().any(was_sent);
+    }
+
+    /// A session that holds a suspect holds nothing else; one that begins nothing gets one at a time.
     fn judge_session(&self, to: SessionId) {
         let id = self.sessions[&to].sub;
         let held = self.leases_of(to);
+        if self.sessions[&to].stuck {
+            assert_eq!(held.len(), 1, "{to:?} begins nothing, but holds {held:?}");
+        }
         let alone = held
             .iter()
             .find(|lease| self.alone.contains(&(id, lease.offset.0, lease.delivery)));

@@ -471,6 +471,7 @@ impl World {
         // A mark that came before the lease was applied is lost.
         session.marks.retain(|lease, _| expected.contains(lease));
         (session.max_messages, session.max_bytes, session.begun) = (0, 0, 0);
+        session.stuck = false;
         session.sent.clear();
         session.read = None;
         let sub = &self.model.subs[&session.sub];

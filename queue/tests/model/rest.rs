@@ -74,8 +74,10 @@ impl Model {
                 let key = (sub.id, lease.offset.0, lease.delivery);
                 self.alone.contains(&key) || sub.items[lease.offset.0 as usize].may_be_alone()
             });
+            let is_busy = session.stuck && !self.leases_of(*id).is_empty();
             session.attached
                 && !ends
+                && !is_busy
                 && !alone
                 && (session.sent.len() as u64) < session.max_messages
                 && session.max_bytes == u64::MAX

@@ -235,6 +235,8 @@ pub struct Session {
     /// Hand-outs of this attachment in order.
     pub sent: Vec<LeaseName>,
     pub begun: u64,
+    /// What it was sent was called back, and it has begun nothing since.
+    pub stuck: bool,
     /// When what it holds was begun.
     pub marks: BTreeMap<LeaseName, Stamp>,
     /// Stream mode: the next to be sent in this attachment.

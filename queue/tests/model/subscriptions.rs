@@ -303,6 +303,7 @@ impl Model {
             alive: to.stamp,
             given: to.stamp,
             resumed: Stamp(0),
+            stuck: false,
             max_messages: 0,
             max_bytes: 0,
             sent: Vec::new(),

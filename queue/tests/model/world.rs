@@ -519,6 +519,7 @@ impl World {
                 session.marks.insert(*lease, now);
             }
         }
+        session.stuck &= upto == session.begun;
         session.begun = upto;
         session.alive = now;
         let credit = millpond_protocol::hot::ConsumerCredit {

@@ -19,6 +19,10 @@ const CHILD: &str = "MILLPOND_E2E_BROKER";
 const THIS_TEST: &str = "limits::memory_stays_within_its_budget_whatever_clients_do";
 const BUDGET: u64 = 192 << 20;
 const LOAD: Duration = Duration::from_secs(5);
+/// Published at least: what the broker would hold twice over if it kept it.
+const ENOUGH: u64 = 2 * BUDGET;
+/// How long a busy machine may take for that.
+const LOAD_MAX: Duration = Duration::from_secs(60);
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn memory_stays_within_its_budget_whatever_clients_do() {
@@ -62,7 +66,9 @@ async fn memory_stays_within_its_budget_whatever_clients_do() {
     let began = Instant::now();
     let mut most = 0;
     let mut ticks = interval(Duration::from_millis(50));
-    while began.elapsed() < LOAD {
+    while began.elapsed() < LOAD
+        || sent.load(Ordering::Relaxed) <= ENOUGH && began.elapsed() < LOAD_MAX
+    {
         ticks.tick().await;
         most = most.max(rss_anon(&child));
     }
@@ -70,7 +76,7 @@ async fn memory_stays_within_its_budget_whatever_clients_do() {
         task.abort();
     }
     let bytes = sent.load(Ordering::Relaxed);
-    assert!(bytes > 2 * BUDGET, "only {bytes} bytes were published");
+    assert!(bytes > ENOUGH, "only {bytes} bytes were published");
     assert!(
         most <= BUDGET,
         "{most} bytes, {before} before, after {bytes} published"

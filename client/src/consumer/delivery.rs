@@ -19,7 +19,8 @@ use crate::error::Error;
 /// Why a handler failed, and when it should be tried again.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Nack {
-    /// The wait before the next attempt, at most 30 days; `None`: the subscription's backoff.
+    /// The wait before the next attempt, at most 30 days, in whole milliseconds from the call on, however
+    /// long the nack takes to the broker; `None`: the subscription's backoff.
     pub delay: Option<Duration>,
     /// The user's own code, shown in metrics and dead letters.
     pub code: u32,
@@ -162,7 +163,8 @@ impl Delivery {
         self.settle_later(Some(reject.into())).await
     }
 
-    /// Hands the message back untouched and uncharged, to come again at once or after the delay.
+    /// Hands the message back untouched and uncharged, to come again at once or after the delay, which
+    /// counts from this call on.
     pub async fn release(self, delay: Option<Duration>) -> Result<(), Error> {
         self.settle_later(Some(release(delay))).await
     }

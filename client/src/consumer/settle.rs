@@ -17,6 +17,7 @@ use millpond_protocol::frame::{self, FrameType};
 use millpond_protocol::hot::{AckRun, encode_acks, encode_commit};
 use millpond_protocol::limits::SETTLE_ROWS_MAX;
 use millpond_protocol::{ErrorCode, Offset};
+use tokio::time::Instant;
 
 use crate::completion::{Slots, Wakeups};
 use crate::error::Error;
@@ -57,9 +58,15 @@ struct Batch {
 
 enum Rows {
     Acks(Vec<LeaseName>),
-    Items(Vec<SettleItem>),
+    Items(Vec<Asked>),
     /// One offset for every call: the highest.
     Commit(Offset),
+}
+
+/// A settlement and when it was asked for: its delay counts from then, however long it waits here.
+struct Asked {
+    item: SettleItem,
+    at: Instant,
 }
 
 impl SettleQueue {
@@ -87,7 +94,10 @@ impl SettleQueue {
         let Rows::Items(rows) = &mut batch.rows else {
             unreachable!("made of items above")
         };
-        rows.push(SettleItem { lease, outcome });
+        rows.push(Asked {
+            item: SettleItem { lease, outcome },
+            at: Instant::now(),
+        });
         let full = rows.len() >= SETTLE_ITEMS_MAX;
         let slot = batch.call();
         self.pending += 1;
@@ -245,8 +255,9 @@ impl Batch {
                 out.freeze()
             }
             Rows::Items(items) => {
+                let now = Instant::now();
                 let settle = Settle {
-                    items: items.clone(),
+                    items: items.iter().map(|asked| asked.as_of(now)).collect(),
                 };
                 frame::encode(FrameType::Settle, &settle)
                     .expect("SETTLE_ITEMS_MAX items with cut reasons fit a control frame")
@@ -256,16 +267,30 @@ impl Batch {
     }
 }
 
+impl Asked {
+    /// What is left of it to ask for: its delay is shorter by what has passed.
+    fn as_of(&self, now: Instant) -> SettleItem {
+        let mut item = self.item.clone();
+        if let Outcome::Nack { delay_ms, .. } | Outcome::Release { delay_ms } = &mut item.outcome
+            && let Some(delay_ms) = delay_ms
+        {
+            let passed = now.saturating_duration_since(self.at).as_millis();
+            *delay_ms = delay_ms.saturating_sub(u64::try_from(passed).unwrap_or(u64::MAX));
+        }
+        item
+    }
+}
+
 impl Rows {
     fn leases(&self) -> impl Iterator<Item = LeaseName> {
-        let (acks, items): (&[LeaseName], &[SettleItem]) = match self {
+        let (acks, items): (&[LeaseName], &[Asked]) = match self {
             Self::Acks(rows) => (rows, &[]),
             Self::Items(rows) => (&[], rows),
             Self::Commit(_) => (&[], &[]),
         };
         acks.iter()
             .copied()
-            .chain(items.iter().map(|item| item.lease))
+            .chain(items.iter().map(|asked| asked.item.lease))
     }
 
     fn count(&self) -> u32 {
@@ -384,6 +409,27 @@ mod tests {
         assert_eq!(now(&slots[2]), None);
         queue.settled(&upto(2), &mut Wakeups::default()).unwrap();
         assert_eq!(now(&slots[2]), Some(Ok(())));
+    }
+
+    #[test]
+    fn a_delay_counts_from_the_call_however_long_the_settlement_waits() {
+        let at = Instant::now();
+        let left = |delay_ms: Option<u64>, passed_ms: u64| {
+            let outcome = Outcome::Release { delay_ms };
+            let item = SettleItem {
+                lease: lease(1, 1),
+                outcome,
+            };
+            let later = at + std::time::Duration::from_micros(passed_ms * 1_000 + 999);
+            match (Asked { item, at }.as_of(later)).outcome {
+                Outcome::Release { delay_ms } => delay_ms,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(left(Some(1_000), 0), Some(1_000), "never early");
+        assert_eq!(left(Some(1_000), 300), Some(700));
+        assert_eq!(left(Some(1_000), 2_000), Some(0));
+        assert_eq!(left(None, 300), None, "the backoff is the broker's");
     }
 
     #[test]

@@ -12,26 +12,26 @@ pub struct Found {
     pub per_second: f64,
     pub p50_us: Option<f64>,
     pub p99_us: Option<f64>,
-    /// CPU seconds of the server per million messages.
-    pub server_cpu_s_per_million: f64,
+    /// CPU seconds of the server per million messages, where its process is known.
+    pub server_cpu_s_per_million: Option<f64>,
     /// Anonymous memory of the server at the end, in MiB.
-    pub server_anon_mib: f64,
+    pub server_anon_mib: Option<f64>,
 }
 
 /// Counts from a moment on.
 pub struct Meter {
-    server: u32,
+    server: Option<u32>,
     began: Instant,
-    cpu: Duration,
+    cpu: Option<Duration>,
     messages: u64,
     latencies: Histogram<u64>,
 }
 
 impl Meter {
-    pub fn start(server: u32) -> Result<Self> {
+    pub fn start(server: Option<u32>) -> Result<Self> {
         Ok(Self {
             server,
-            cpu: cpu_time(server)?,
+            cpu: server.map(cpu_time).transpose()?,
             messages: 0,
             latencies: Histogram::new_with_bounds(1, LONGEST_NS, 3)?,
             began: Instant::now(),
@@ -50,7 +50,7 @@ impl Meter {
     pub fn stop(self) -> Result<Found> {
         let seconds = self.began.elapsed().as_secs_f64();
         anyhow::ensure!(self.messages > 0, "nothing was done");
-        let cpu = cpu_time(self.server)?.saturating_sub(self.cpu);
+        let cpu = self.server.map(cpu_time).transpose()?;
         let us = |quantile| {
             let some = !self.latencies.is_empty();
             some.then(|| self.latencies.value_at_quantile(quantile) as f64 / 1e3)
@@ -59,8 +59,10 @@ impl Meter {
             per_second: self.messages as f64 / seconds,
             p50_us: us(0.5),
             p99_us: us(0.99),
-            server_cpu_s_per_million: cpu.as_secs_f64() * 1e6 / self.messages as f64,
-            server_anon_mib: anon_mib(self.server)?,
+            server_cpu_s_per_million: cpu.zip(self.cpu).map(|(after, before)| {
+                after.saturating_sub(before).as_secs_f64() * 1e6 / self.messages as f64
+            }),
+            server_anon_mib: self.server.map(anon_mib).transpose()?,
         })
     }
 }

@@ -29,7 +29,8 @@ pub trait Peer: Sized {
     /// Starts it with a folder of its own; waits until it serves.
     async fn start(durability: Durability, dir: &Path) -> Result<Self>;
 
-    fn pid(&self) -> u32;
+    /// Its process, where it is one of this run.
+    fn pid(&self) -> Option<u32>;
 
     async fn producer(&self) -> Result<Self::Producer>;
 

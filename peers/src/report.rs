@@ -172,8 +172,8 @@ impl Row {
             format!("({:.0}-{:.0})", rate.min, rate.max),
             median(self.of(|found| found.p50_us), 0),
             median(self.of(|found| found.p99_us), 0),
-            median(self.of(|found| Some(found.server_cpu_s_per_million)), 2),
-            median(self.of(|found| Some(found.server_anon_mib)), 0),
+            median(self.of(|found| found.server_cpu_s_per_million), 2),
+            median(self.of(|found| found.server_anon_mib), 0),
         )
     }
 }

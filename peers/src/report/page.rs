@@ -60,7 +60,7 @@ pub fn draw(report: &Report) -> Result<String> {
             row.of(|f| f.p99_us)
         })?;
         bars(&mut html, "server memory, MiB", &rows, |row| {
-            row.of(|f| Some(f.server_anon_mib))
+            row.of(|f| f.server_anon_mib)
         })?;
     }
     html.push_str("</html>\n");

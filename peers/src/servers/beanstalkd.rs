@@ -46,8 +46,8 @@ impl Peer for Beanstalkd {
         Ok(Self { child, port })
     }
 
-    fn pid(&self) -> u32 {
-        self.child.pid
+    fn pid(&self) -> Option<u32> {
+        Some(self.child.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {

@@ -59,8 +59,8 @@ impl Peer for Millpond {
         Ok(server)
     }
 
-    fn pid(&self) -> u32 {
-        self.pid
+    fn pid(&self) -> Option<u32> {
+        Some(self.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {

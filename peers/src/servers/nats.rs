@@ -58,8 +58,8 @@ impl Peer for Nats {
         Ok(server)
     }
 
-    fn pid(&self) -> u32 {
-        self.child.pid
+    fn pid(&self) -> Option<u32> {
+        Some(self.child.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {

@@ -68,8 +68,8 @@ impl Peer for RabbitMq {
         Ok(Self { child, connection })
     }
 
-    fn pid(&self) -> u32 {
-        self.child.pid
+    fn pid(&self) -> Option<u32> {
+        Some(self.child.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {

@@ -47,8 +47,8 @@ impl Peer for Redis {
         Ok(Self { child, client })
     }
 
-    fn pid(&self) -> u32 {
-        self.child.pid
+    fn pid(&self) -> Option<u32> {
+        Some(self.child.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {

@@ -15,12 +15,17 @@ pub struct Args {
     /// How often everything is measured.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub rounds: u32,
-    /// Only these servers: millpond, redis, nats, rabbitmq, beanstalkd, postgres.
+    /// Only these servers: millpond, redis, nats, rabbitmq, beanstalkd, postgres,
+    /// iggy (where it was built with the feature of that name).
     #[arg(long, value_delimiter = ',', value_name = "NAME")]
     pub only: Vec<String>,
     /// The nats-server to start, where the one on the path is not the one to compare with.
     #[arg(long, default_value = "nats-server", value_name = "FILE")]
     pub nats_server: PathBuf,
+    /// The iggy-server to start.
+    #[cfg(feature = "iggy")]
+    #[arg(long, default_value = "iggy-server", value_name = "FILE")]
+    pub iggy_server: PathBuf,
     /// Also writes everything into this file, as one JSON object.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -1,6 +1,8 @@
 //! The servers, one after the other.
 
 pub mod beanstalkd;
+#[cfg(feature = "iggy")]
+pub mod iggy;
 pub mod millpond;
 pub mod nats;
 pub mod postgres;
@@ -50,6 +52,14 @@ pub async fn run_all(args: &Args, round: u32, report: &mut Report) -> Result<()>
     }
     if runs.has("rabbitmq", "dpkg-query", &["-W", "rabbitmq-server"]) {
         runs.run::<rabbitmq::RabbitMq>("rabbitmq", &both).await;
+    }
+    #[cfg(feature = "iggy")]
+    {
+        iggy::choose(&args.iggy_server);
+        let program = args.iggy_server.display().to_string();
+        if runs.has("iggy", &program, &["--version"]) {
+            runs.run::<iggy::Iggy>("iggy", &both).await;
+        }
     }
     Ok(())
 }

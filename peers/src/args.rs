@@ -26,6 +26,11 @@ pub struct Args {
     #[cfg(feature = "iggy")]
     #[arg(long, default_value = "iggy-server", value_name = "FILE")]
     pub iggy_server: PathBuf,
+    /// Measure the Iggy server that runs there, instead of one that is started; by the user in
+    /// IGGY_ROOT_USERNAME and IGGY_ROOT_PASSWORD, or its default one.
+    #[cfg(feature = "iggy")]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "iggy_server")]
+    pub iggy: Option<String>,
     /// Also writes everything into this file, as one JSON object.
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,

@@ -54,12 +54,18 @@ pub async fn run_all(args: &Args, round: u32, report: &mut Report) -> Result<()>
         runs.run::<rabbitmq::RabbitMq>("rabbitmq", &both).await;
     }
     #[cfg(feature = "iggy")]
-    {
-        iggy::choose(&args.iggy_server);
-        let program = args.iggy_server.display().to_string();
-        if runs.has("iggy", &program, &["--version"]) {
-            runs.run::<iggy::Iggy>("iggy", &both).await;
-        }
+    if let Some(address) = &args.iggy {
+        let how = format!("at {address}, in its own durability");
+        runs.report.version("iggy", &how);
+        iggy::choose(iggy::Server::Address(address.clone()));
+        runs.run::<iggy::Iggy>("iggy", &[Durability::Default]).await;
+    } else if runs.has(
+        "iggy",
+        &args.iggy_server.display().to_string(),
+        &["--version"],
+    ) {
+        iggy::choose(iggy::Server::Program(args.iggy_server.clone()));
+        runs.run::<iggy::Iggy>("iggy", &both).await;
     }
     Ok(())
 }

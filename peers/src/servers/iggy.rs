@@ -28,16 +28,24 @@ use tokio::sync::{mpsc, oneshot};
 use crate::child::{Child, free_port};
 use crate::peer::{Answer, Consumer, Durability, Peer, Producer};
 
-static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+static SERVER: OnceLock<Server> = OnceLock::new();
 
-/// Which iggy-server is started.
-pub fn choose(program: &Path) {
-    PROGRAM.get_or_init(|| program.to_owned());
+/// Which server is measured.
+pub enum Server {
+    /// A program, started for each measurement.
+    Program(PathBuf),
+    /// One that runs already, by its address: in the durability that it has, and its process is not known.
+    Address(String),
+}
+
+pub fn choose(server: Server) {
+    SERVER.get_or_init(|| server);
 }
 
 pub struct Iggy {
-    child: Child,
-    port: u16,
+    /// Where it was started here.
+    child: Option<Child>,
+    address: String,
     place: Place,
 }
 
@@ -54,32 +62,27 @@ impl Peer for Iggy {
     type Consumer = Receiver;
 
     async fn start(durability: Durability, dir: &Path) -> Result<Self> {
-        let port = free_port()?;
-        let mut command = Command::new(PROGRAM.get().context("chosen at the start")?);
-        command
-            .env("IGGY_SYSTEM_PATH", dir.join("data"))
-            .env("IGGY_TCP_ADDRESS", format!("127.0.0.1:{port}"))
-            .env("IGGY_ROOT_USERNAME", DEFAULT_ROOT_USERNAME)
-            .env("IGGY_ROOT_PASSWORD", DEFAULT_ROOT_PASSWORD);
-        // Their ports are not free for certain, and nobody speaks to them.
-        for other in ["HTTP", "QUIC", "WEBSOCKET"] {
-            command.env(format!("IGGY_{other}_ENABLED"), "false");
-        }
-        if durability == Durability::Strict {
-            command
-                .env("IGGY_SYSTEM_PARTITION_ENFORCE_FSYNC", "true")
-                .env("IGGY_SYSTEM_PARTITION_MESSAGES_REQUIRED_TO_SAVE", "1");
-        }
-        let child = Child::start(command, dir, port).await?;
+        let (child, address) = match SERVER.get().context("chosen at the start")? {
+            Server::Program(program) => {
+                let (child, port) = start(program, durability, dir).await?;
+                (Some(child), format!("127.0.0.1:{port}"))
+            }
+            Server::Address(address) => (None, address.clone()),
+        };
+        // What another run left behind in a server that went on is not this one's.
+        let stream = format!("{NAME}-{}", std::process::id());
         let place = Place {
-            stream: Identifier::named(NAME)?,
+            stream: Identifier::named(&stream)?,
             topic: Identifier::named(NAME)?,
             consumer: ConsumerId::new(Identifier::named(NAME)?),
         };
-        let server = Self { child, port, place };
+        let server = Self {
+            child,
+            address,
+            place,
+        };
         let client = server.connect().await?;
-        client.create_stream(NAME).await?;
-        let (expiry, size) = (IggyExpiry::ServerDefault, MaxTopicSize::ServerDefault);
+        client.create_stream(&stream).await?;
         client
             .create_topic(
                 &server.place.stream,
@@ -87,15 +90,15 @@ impl Peer for Iggy {
                 PARTITIONS,
                 CompressionAlgorithm::None,
                 None,
-                expiry,
-                size,
+                IggyExpiry::ServerDefault,
+                MaxTopicSize::ServerDefault,
             )
             .await?;
         Ok(server)
     }
 
     fn pid(&self) -> Option<u32> {
-        Some(self.child.pid)
+        self.child.as_ref().map(|child| child.pid)
     }
 
     async fn producer(&self) -> Result<Publisher> {
@@ -120,7 +123,13 @@ impl Peer for Iggy {
     }
 
     async fn stop(self) -> Result<()> {
-        self.child.stop().await
+        match self.child {
+            Some(child) => child.stop().await,
+            None => {
+                let client = self.connect().await?;
+                Ok(client.delete_stream(&self.place.stream).await?)
+            }
+        }
     }
 }
 
@@ -128,7 +137,7 @@ impl Iggy {
     /// A connection that ends is a failure: a new one would go on as if nothing had happened.
     async fn connect(&self) -> Result<TcpClient> {
         let config = TcpClientConfig {
-            server_address: format!("127.0.0.1:{}", self.port),
+            server_address: self.address.clone(),
             reconnection: TcpClientReconnectionConfig {
                 enabled: false,
                 ..TcpClientReconnectionConfig::default()
@@ -139,11 +148,40 @@ impl Iggy {
         };
         let client = TcpClient::create(Arc::new(config))?;
         Client::connect(&client).await?;
-        client
-            .login_user(DEFAULT_ROOT_USERNAME, DEFAULT_ROOT_PASSWORD)
-            .await?;
+        let (user, password) = credentials();
+        client.login_user(&user, &password).await?;
         Ok(client)
     }
+}
+
+/// Starts a server as it is commonly run, or such that everything is synced; its port.
+async fn start(program: &Path, durability: Durability, dir: &Path) -> Result<(Child, u16)> {
+    let port = free_port()?;
+    let (user, password) = credentials();
+    let mut command = Command::new(program);
+    command
+        .env("IGGY_SYSTEM_PATH", dir.join("data"))
+        .env("IGGY_TCP_ADDRESS", format!("127.0.0.1:{port}"))
+        .env(USER, user)
+        .env(PASSWORD, password);
+    // Their ports are not free for certain, and nobody speaks to them.
+    for other in ["HTTP", "QUIC", "WEBSOCKET"] {
+        command.env(format!("IGGY_{other}_ENABLED"), "false");
+    }
+    if durability == Durability::Strict {
+        command
+            .env("IGGY_SYSTEM_PARTITION_ENFORCE_FSYNC", "true")
+            .env("IGGY_SYSTEM_PARTITION_MESSAGES_REQUIRED_TO_SAVE", "1");
+    }
+    let child = Child::start(command, dir, port).await?;
+    Ok((child, port))
+}
+
+/// From where the server itself takes them when it starts for the first time.
+fn credentials() -> (String, String) {
+    let user = std::env::var(USER).unwrap_or_else(|_| DEFAULT_ROOT_USERNAME.to_owned());
+    let password = std::env::var(PASSWORD).unwrap_or_else(|_| DEFAULT_ROOT_PASSWORD.to_owned());
+    (user, password)
 }
 
 /// What is asked for, and where its answer goes.
@@ -249,6 +287,8 @@ impl Consumer for Receiver {
     }
 }
 
+const USER: &str = "IGGY_ROOT_USERNAME";
+const PASSWORD: &str = "IGGY_ROOT_PASSWORD";
 const NAME: &str = "millpond-peers";
 const PARTITIONS: u32 = 1;
 /// They are counted from zero.

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use clap::builder::PossibleValuesParser;
 
 /// The same load on Millpond and on other queues, on one machine, in one run.
 #[derive(Debug, Parser)]
@@ -15,9 +16,8 @@ pub struct Args {
     /// How often everything is measured.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=20))]
     pub rounds: u32,
-    /// Only these servers: millpond, redis, nats, rabbitmq, beanstalkd, postgres,
-    /// iggy (where it was built with the feature of that name).
-    #[arg(long, value_delimiter = ',', value_name = "NAME")]
+    /// Only these servers.
+    #[arg(long, value_delimiter = ',', value_name = "NAME", value_parser = PossibleValuesParser::new(SERVERS))]
     pub only: Vec<String>,
     /// The nats-server to start, where the one on the path is not the one to compare with.
     #[arg(long, default_value = "nats-server", value_name = "FILE")]
@@ -52,3 +52,15 @@ impl Args {
         Duration::from_secs(if self.quick { 1 } else { 4 })
     }
 }
+
+/// Those that this program can measure.
+const SERVERS: &[&str] = &[
+    "millpond",
+    "redis",
+    "nats",
+    "rabbitmq",
+    "beanstalkd",
+    "postgres",
+    #[cfg(feature = "iggy")]
+    "iggy",
+];

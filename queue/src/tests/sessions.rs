@@ -341,7 +341,6 @@ fn what_is_called_back_goes_to_the_next_consumer() {
     for looks in 0..4 {
         assert!(rig.dispatch().is_empty(), "look {looks}: nothing is ready");
     }
-    rig.queue.renew(SessionId(1), rig.now);
     let got = held_until_called_back(&mut rig, 1);
     assert_eq!(got.len(), 1);
     assert_eq!((got[0].session, got[0].delivery), (2, 2));

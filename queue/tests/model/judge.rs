@@ -171,13 +171,7 @@ impl Model {
             return;
         };
         let session = self.sessions.get_mut(session).expect("it was judged");
-        let was_sent = |lease: &LeaseName| {
-            ranges.iter().any(|range| {
-                let all = range.offset.0..range.offset.0 + u64::from(range.count);
-                range.delivery == lease.delivery && all.contains(&lease.offset.0)
-            })
-        };
-        session.stuck |= session.sent.iter().any(was_sent);
+        session.stuck |= session.sent.iter().any(|lease| is_in(ranges, *lease));
     }
 
     /// A session that holds a suspect holds nothing else; one that begins nothing gets one at a time.
@@ -459,13 +453,7 @@ impl Model {
                 session: of,
                 ranges,
                 ..
-            }) => {
-                *of == session
-                    && ranges.iter().any(|range| {
-                        let all = range.offset.0..range.offset.0 + u64::from(range.count);
-                        range.delivery == lease.delivery && all.contains(&lease.offset.0)
-                    })
-            }
+            }) => *of == session && is_in(ranges, lease),
             _ => false,
         })
     }
@@ -501,4 +489,11 @@ impl Model {
             );
         }
     }
+}
+
+fn is_in(ranges: &[LeaseRange], lease: LeaseName) -> bool {
+    ranges.iter().any(|range| {
+        let all = range.offset.0..range.offset.0 + u64::from(range.count);
+        range.delivery == lease.delivery && all.contains(&lease.offset.0)
+    })
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard};
 
 use millpond_wal::storage::{Map, Space, Storage, StorageFile};
 
@@ -58,10 +58,11 @@ impl Disk {
 
 impl Cell {
     fn bytes(&self) -> Arc<Vec<u8>> {
-        self.0
-            .read()
-            .expect("nothing panics while it looks")
-            .clone()
+        self.read().clone()
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Arc<Vec<u8>>> {
+        self.0.read().expect("nothing panics while it looks")
     }
 
     fn change(&self, change: impl FnOnce(&mut Vec<u8>)) {
@@ -139,7 +140,7 @@ impl StorageFile for File {
     }
 
     fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<usize> {
-        let bytes = self.0.bytes();
+        let bytes = self.0.read();
         let rest = bytes.get(offset as usize..).unwrap_or_default();
         let read = rest.len().min(buf.len());
         buf[..read].copy_from_slice(&rest[..read]);
@@ -167,7 +168,7 @@ impl StorageFile for File {
     }
 
     fn len(&self) -> io::Result<u64> {
-        Ok(self.0.bytes().len() as u64)
+        Ok(self.0.read().len() as u64)
     }
 
     fn map(&self) -> io::Result<Option<Map>> {

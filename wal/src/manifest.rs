@@ -29,7 +29,7 @@ use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
 use crate::planted::{self, Bug};
 use crate::segment::{Contents, SegmentId, file_name};
-use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile, is_zero};
 
 /// One step of the log's life. Variants are only ever added, at the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -492,6 +492,9 @@ fn behind(bytes: &[u8], end: u64) -> &[u8] {
 
 /// From the first to the last byte that is not zero.
 fn nonzero(bytes: &[u8], position: u64) -> Option<Stretch> {
+    if is_zero(bytes) {
+        return None;
+    }
     let first = bytes.iter().position(|&byte| byte != 0)?;
     let last = bytes.iter().rposition(|&byte| byte != 0)?;
     Some(Stretch {

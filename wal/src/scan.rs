@@ -177,9 +177,10 @@ pub(crate) struct Window<'a, F> {
 
 impl<'a, F: StorageFile> Window<'a, F> {
     pub fn new(file: &'a F, end: u64) -> Window<'a, F> {
+        let bytes_max = usize::try_from(end).map_or(WINDOW_BYTES, |end| end.min(WINDOW_BYTES));
         Window {
             file,
-            bytes: BufferPool::new(0).take(WINDOW_BYTES),
+            bytes: BufferPool::new(0).take(bytes_max),
             start: 0,
             end,
         }

@@ -16,6 +16,7 @@ use quinn::Runtime;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
+use crate::allocator;
 use crate::bodies::Bodies;
 use crate::clock::{ANCHOR_BYTES, SystemClock, load_anchor, save_anchor};
 use crate::config::Config;
@@ -81,6 +82,7 @@ impl Broker {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         config.check()?;
         let began = Instant::now();
+        allocator::keep_freed_memory();
         make_folder(&config.data)?;
         let mapping = if config.log.mmap {
             Mapping::On

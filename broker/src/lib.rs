@@ -3,6 +3,7 @@
 //! [`Broker::start`] runs one in this process; [`EmbeddedBroker`] one for tests, in a temporary
 //! folder. The `millpond serve` command is a thin shell around the former.
 
+mod allocator;
 pub mod bodies;
 pub mod broker;
 pub mod clock;

@@ -6,6 +6,7 @@
 //! thread, saves two thread hops a commit; what comes in during a sync gathers in the inbox and makes
 //! the next group.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,10 @@ use crate::shard::{Done, Fatal, Job, Outbox, Shard};
 /// Messages waiting for the shard; about 200 bytes each, taken at the start, beside the bodies, which
 /// hold permits.
 const INBOX_MAX: usize = 8_192;
+/// Messages that the shard takes from there at once.
+const TAKEN_MAX: usize = 64;
+/// What stands around the messages of one publish in a group, and a little.
+const AROUND_BYTES: usize = 128;
 /// Jobs waiting for the upkeep thread; the shard starts at most one of each kind.
 const JOBS_MAX: usize = 8;
 /// How long a full inbox is left alone before the next try.
@@ -39,6 +44,16 @@ pub enum Message<S: Storage> {
     Gates { disk_low: bool, no_leases: bool },
     Look(Glance),
     Stop(StopReply),
+}
+
+impl<S: Storage> Message<S> {
+    /// What it adds to a group, where that is much and known.
+    fn publish_bytes(&self) -> usize {
+        match self {
+            Self::Input(Input::Publish { messages, .. }) => messages.len() + AROUND_BYTES,
+            _ => 0,
+        }
+    }
 }
 
 /// Something to be looked up on the shard thread; it tells whoever asked by itself.
@@ -167,6 +182,7 @@ impl<S: Storage> ShardThread<S> {
             shard,
             messages,
             router: Router::new(cache, metrics, jobs),
+            taken: VecDeque::with_capacity(TAKEN_MAX),
             out: Outbox::default(),
         };
         let shard = std::thread::Builder::new().name("millpond-shard".to_owned()).spawn(move || {
@@ -208,6 +224,8 @@ struct Rounds<S: Storage, C: Clock> {
     shard: Shard<S, C>,
     messages: Receiver<Message<S>>,
     router: Router<S>,
+    /// Taken from the inbox and not looked at.
+    taken: VecDeque<Message<S>>,
     out: Outbox<S>,
 }
 
@@ -217,13 +235,11 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
     /// Runs until told to stop, or until every handle is gone.
     fn run(&mut self) -> Result<Option<StopReply>, Fatal> {
         loop {
-            let first = match self.wait() {
-                Ok(first) => first,
-                Err(RecvTimeoutError::Disconnected) => return Ok(None),
-                Err(RecvTimeoutError::Timeout) => None,
-            };
+            if self.wait() == Err(RecvTimeoutError::Disconnected) {
+                return Ok(None);
+            }
             self.shard.wake();
-            if let Some(stop) = self.take_in(first)? {
+            if let Some(stop) = self.take_in()? {
                 return Ok(Some(stop));
             }
             self.shard.dispatch_early(&mut self.out);
@@ -238,27 +254,32 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
         }
     }
 
-    fn wait(&mut self) -> Result<Option<Message<S>>, RecvTimeoutError> {
+    /// Waits for a message, or until the shard has something to do.
+    fn wait(&mut self) -> Result<(), RecvTimeoutError> {
         if !self.shard.takes_more() {
             std::thread::sleep(Duration::from_micros(self.shard.wait_us()));
-            return Ok(None);
+            return Ok(());
         }
-        if let Ok(message) = self.messages.try_recv() {
-            return Ok(Some(message));
+        if !self.taken.is_empty() || !self.messages.is_empty() {
+            return Ok(());
         }
         match self.shard.wait_us() {
-            0 => Ok(None),
-            us => self
-                .messages
-                .recv_timeout(Duration::from_micros(us))
-                .map(Some),
+            0 => {}
+            us => {
+                let message = self.messages.recv_timeout(Duration::from_micros(us))?;
+                self.taken.push_back(message);
+            }
         }
+        Ok(())
     }
 
     /// Takes in what has come, until the group is full.
-    fn take_in(&mut self, first: Option<Message<S>>) -> Result<Option<StopReply>, Fatal> {
-        let mut next = first;
-        while let Some(message) = next {
+    fn take_in(&mut self) -> Result<Option<StopReply>, Fatal> {
+        if !self.shard.takes_more() {
+            return Ok(None);
+        }
+        self.gather();
+        while let Some(message) = self.taken.pop_front() {
             match message {
                 Message::Input(input) => self.shard.input(input, &mut self.out),
                 Message::Register(stream, sender) => self.router.add(stream, sender),
@@ -274,9 +295,25 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
             if self.shard.is_group_full() {
                 break;
             }
-            next = self.messages.try_recv().ok();
+            if self.taken.is_empty() {
+                self.gather();
+            }
         }
         Ok(None)
+    }
+
+    /// Takes several messages at once, so that the group's buffer grows once for all of them.
+    fn gather(&mut self) {
+        let room = self.shard.group_room();
+        let mut bytes = self.taken.iter().map(Message::publish_bytes).sum();
+        while self.taken.len() < TAKEN_MAX && bytes < room {
+            let Ok(message) = self.messages.try_recv() else {
+                break;
+            };
+            bytes += message.publish_bytes();
+            self.taken.push_back(message);
+        }
+        self.shard.expect(bytes);
     }
 
     fn close(mut self, reply: Option<StopReply>) {

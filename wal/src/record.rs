@@ -55,6 +55,11 @@ impl Group {
         self.buf.len() + self.offsets.len() * TABLE_SLOT_BYTES
     }
 
+    /// Makes room for so many bytes of records more, so that they are not moved as the entry grows.
+    pub fn reserve(&mut self, bytes: usize) {
+        self.buf.reserve(bytes + BLOCK_BYTES);
+    }
+
     pub fn records(&self) -> u32 {
         // `push_numbered` keeps every offset, and so every count, within u32.
         self.offsets.len() as u32
@@ -78,16 +83,21 @@ impl Group {
             kind,
             zero: [0; 3],
         };
-        raw.crc = U32::new(raw.crc_with(parts));
-        self.headers.update(raw.as_bytes());
+        let mut hasher = raw.hasher();
         // With room for table and padding, so that completing the entry moves nothing.
         let after = (self.offsets.len() + 1) * TABLE_SLOT_BYTES + BLOCK_BYTES;
         self.buf
             .reserve(RECORD_HEADER_BYTES + padded(body_bytes) + after);
         self.buf.extend_from_slice(raw.as_bytes());
-        for part in parts {
-            self.buf.extend_from_slice(part);
+        // Summed and copied bit by bit: a bit is fetched from memory once.
+        for bit in parts.iter().flat_map(|part| part.chunks(BIT_BYTES)) {
+            hasher.update(bit);
+            self.buf.extend_from_slice(bit);
         }
+        raw.crc = U32::new(hasher.finalize());
+        let at = offset as usize;
+        self.buf[at..at + RECORD_HEADER_BYTES].copy_from_slice(raw.as_bytes());
+        self.headers.update(raw.as_bytes());
         self.buf.resize(self.buf.len().next_multiple_of(8));
         self.offsets.push(offset);
         self.stamp = stamp;
@@ -170,7 +180,7 @@ impl<'a> Records<'a> {
             }
             table = rest;
             let (raw, body) = self.step().ok_or(Defect::Length)?;
-            if raw.crc_with(&[body]) != raw.crc.get() {
+            if raw.crc_with(body) != raw.crc.get() {
                 return Err(Defect::RecordCrc);
             }
             if last.is_some_and(|last| raw.number.get() <= last) {
@@ -249,7 +259,7 @@ impl RecordHead {
 
     /// The record, if `body` is what the checksum was made of.
     pub fn with_body(&self, body: Bytes) -> Option<RecordBytes> {
-        (self.0.crc_with(&[&body]) == self.0.crc.get()).then(|| RecordBytes {
+        (self.0.crc_with(&body) == self.0.crc.get()).then(|| RecordBytes {
             stamp: self.0.stamp.get(),
             kind: self.0.kind,
             body,
@@ -291,18 +301,24 @@ struct RawRecord {
 }
 
 impl RawRecord {
-    fn crc_with(&self, parts: &[&[u8]]) -> u32 {
+    /// The checksum of the header; the body comes behind it.
+    fn hasher(&self) -> Hasher {
         let mut unsigned = *self;
         unsigned.crc = U32::ZERO;
         let mut hasher = Hasher::new();
         hasher.update(unsigned.as_bytes());
-        for part in parts {
-            hasher.update(part);
-        }
+        hasher
+    }
+
+    fn crc_with(&self, body: &[u8]) -> u32 {
+        let mut hasher = self.hasher();
+        hasher.update(body);
         hasher.finalize()
     }
 }
 
+/// Bytes of a body that are summed and copied at a time; well within a core's first cache.
+const BIT_BYTES: usize = 8 << 10;
 pub(crate) const RECORD_HEADER_BYTES: usize = 24;
 const _: () = assert!(size_of::<RawRecord>() == RECORD_HEADER_BYTES);
 pub(crate) const TABLE_SLOT_BYTES: usize = 4;

@@ -170,6 +170,17 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         self.group.bytes() >= GROUP_BYTES_TARGET || self.pending.len() >= GROUP_RECORDS_MAX
     }
 
+    /// Bytes that the open group still takes.
+    #[must_use]
+    pub fn group_room(&self) -> usize {
+        GROUP_BYTES_TARGET.saturating_sub(self.group.bytes())
+    }
+
+    /// Prepares the open group for so many bytes more.
+    pub fn expect(&mut self, bytes: usize) {
+        self.group.reserve(bytes);
+    }
+
     /// False while a full disk holds back a group that is full: more would be too much for one entry.
     #[must_use]
     pub fn takes_more(&self) -> bool {

@@ -1,5 +1,7 @@
 //! Frames on QUIC streams: reading whole ones, and telling why a stream ended.
 
+use std::ops::Range;
+
 use bytes::{Bytes, BytesMut};
 use millpond_protocol::control::RequestFrame;
 use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
@@ -69,8 +71,11 @@ fn from_code(code: VarInt) -> StreamEnd {
 /// Takes whole frames off a stream. `next` is cancel-safe.
 pub struct FrameReader {
     stream: RecvStream,
+    /// The frame that is being put together; behind a small one also what came in the same chunk.
     buffer: BytesMut,
     chunks: Vec<Bytes>,
+    /// Those that are not in the buffer yet.
+    unread: Range<usize>,
 }
 
 impl FrameReader {
@@ -79,6 +84,7 @@ impl FrameReader {
             stream,
             buffer: BytesMut::new(),
             chunks: vec![Bytes::new(); READ_CHUNKS],
+            unread: 0..0,
         }
     }
 
@@ -95,19 +101,30 @@ impl FrameReader {
         }
     }
 
+    /// Takes in a chunk, or of the chunks that are there what the frame at hand misses and nothing behind it:
+    /// so a large frame lies in memory of its size, and no byte of it is copied twice.
     async fn fill(&mut self) -> Result<(), StreamEnd> {
-        let Some(count) = self.stream.read_chunks(&mut self.chunks).await? else {
-            return Err(StreamEnd::Lost);
-        };
-        let received: usize = self.chunks.iter().take(count).map(Bytes::len).sum();
+        if self.unread.is_empty() {
+            let Some(count) = self.stream.read_chunks(&mut self.chunks).await? else {
+                return Err(StreamEnd::Lost);
+            };
+            self.unread = 0..count;
+        }
         // The length in the header has been checked against the limit of its type.
-        let missing = match frame::peek(&self.buffer)? {
-            Some((_, length)) => (HEADER_BYTES + length).saturating_sub(self.buffer.len()),
-            None => 0,
+        let mut missing = match frame::peek(&self.buffer)? {
+            Some((_, length)) => HEADER_BYTES + length - self.buffer.len(),
+            None => self.chunks[self.unread.start].len(),
         };
-        self.buffer.reserve(missing.max(received));
-        for chunk in self.chunks.iter_mut().take(count) {
-            self.buffer.extend_from_slice(&std::mem::take(chunk));
+        self.buffer.reserve(missing);
+        for nth in self.unread.clone() {
+            let chunk = &mut self.chunks[nth];
+            let part = chunk.split_to(chunk.len().min(missing));
+            self.buffer.extend_from_slice(&part);
+            missing -= part.len();
+            if !chunk.is_empty() {
+                break;
+            }
+            self.unread.start = nth + 1;
         }
         Ok(())
     }

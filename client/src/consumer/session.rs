@@ -84,6 +84,7 @@ enum Phase {
 pub struct Session {
     prefetch: Prefetch,
     state: Mutex<State>,
+    /// Told once for many deliveries: see `Told`.
     credit_work: Notify,
     settle_work: Notify,
     progress: Notify,
@@ -116,6 +117,15 @@ struct State {
     close_sent: bool,
     user: Option<Waker>,
     stream: StreamPosition,
+    told_of: Told,
+}
+
+/// Which writers have been told of work and have not looked since. Telling one costs more than all else that a
+/// delivery needs here, and there are thousands between two looks.
+#[derive(Default)]
+struct Told {
+    credit: bool,
+    settlements: bool,
 }
 
 /// Stream mode only: what has been received, so that a resumed stream repeats nothing.
@@ -162,6 +172,7 @@ impl Session {
                     committed: opened.position,
                     ..StreamPosition::default()
                 },
+                told_of: Told::default(),
             }),
             credit_work: Notify::new(),
             settle_work: Notify::new(),
@@ -198,8 +209,11 @@ impl Session {
         if let Item::Message(held) = &mut item {
             state.begin(held);
         }
+        let told = std::mem::replace(&mut state.told_of.credit, true);
         drop(state);
-        self.credit_work.notify_one();
+        if !told {
+            self.credit_work.notify_one();
+        }
         Poll::Ready(Some(Ok(item)))
     }
 
@@ -216,9 +230,20 @@ impl Session {
             None => state.settle.ack(lease),
             Some(outcome) => state.settle.settle(lease, outcome),
         });
+        let told = std::mem::replace(
+            &mut state.told_of,
+            Told {
+                credit: true,
+                settlements: true,
+            },
+        );
         drop(state);
-        self.settle_work.notify_one();
-        self.credit_work.notify_one();
+        if !told.settlements {
+            self.settle_work.notify_one();
+        }
+        if !told.credit {
+            self.credit_work.notify_one();
+        }
         if slot.is_err() {
             self.progress.notify_waiters();
         }
@@ -302,6 +327,7 @@ impl Session {
     /// The credit frame that should stand now.
     pub fn credit(&self) -> ConsumerCredit {
         let mut state = self.state.lock();
+        state.told_of.credit = false;
         state.grant(self.prefetch);
         ConsumerCredit {
             credit: state.granted,
@@ -316,6 +342,7 @@ impl Session {
     /// What the settlement stream's writer should do.
     pub fn next_settlement(&self) -> SettleNext {
         let mut state = self.state.lock();
+        state.told_of.settlements = false;
         if state.close_sent {
             return SettleNext::Wait;
         }

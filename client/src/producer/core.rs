@@ -67,7 +67,6 @@ impl Core {
     /// Takes a message in if there is room.
     pub fn try_push(&self, message: &Message, sequence: Option<Sequence>) -> Result<Slot, Error> {
         message.check()?;
-        let now = Instant::now();
         let mut state = self.state.lock();
         if let Some(error) = &state.ended {
             return Err(error.clone());
@@ -75,7 +74,7 @@ impl Core {
         if state.closing {
             return Err(Error::Closed);
         }
-        let slot = state.pipeline.push(message, sequence, now)?;
+        let slot = state.pipeline.push(message, sequence, Instant::now)?;
         let writer = if state.pipeline.gathers() {
             None
         } else {

@@ -163,7 +163,7 @@ impl Pipeline {
         }
     }
 
-    /// Takes a message in.
+    /// Takes a message in; the time is asked for when a batch begins.
     ///
     /// # Errors
     /// `Message` if it breaks a limit, `SequenceNotRising`, or `Backpressure` if there is no room.
@@ -171,7 +171,7 @@ impl Pipeline {
         &mut self,
         message: &Message,
         sequence: Option<Sequence>,
-        now: Instant,
+        now: impl FnOnce() -> Instant,
     ) -> Result<Slot, Error> {
         let bytes = message.encoded_bytes();
         if !self.has_room(bytes) {
@@ -196,7 +196,7 @@ impl Pipeline {
         let capacity = self.last_batch_bytes.max(bytes);
         let filling = self
             .filling
-            .get_or_insert_with(|| Filling::new(capacity, now));
+            .get_or_insert_with(|| Filling::new(capacity, now()));
         let (slots, index) = filling.push(message, sequence);
         if filling.is_full() {
             self.close_filling();

@@ -45,7 +45,7 @@ fn pipeline(last: u64, credit: Credit) -> Pipeline {
 
 fn push(pipeline: &mut Pipeline, payload: &str, now: Instant) -> Slot {
     let message = Message::new(payload.to_owned());
-    pipeline.push(&message, None, now).unwrap()
+    pipeline.push(&message, None, || now).unwrap()
 }
 
 fn outcome(slot: &Slot) -> Option<Outcome> {
@@ -212,7 +212,10 @@ fn without_credit_there_is_no_room() {
     };
     let mut pipeline = pipeline(0, narrow);
     push(&mut pipeline, "a", now);
-    let full = pipeline.push(&Message::new("b"), None, now).err().unwrap();
+    let full = pipeline
+        .push(&Message::new("b"), None, || now)
+        .err()
+        .unwrap();
     assert_eq!(full.class(), ErrorClass::Backpressure);
 }
 
@@ -221,13 +224,13 @@ fn a_sequence_must_rise() {
     let now = Instant::now();
     let mut pipeline = pipeline(4, WIDE);
     let message = Message::new("a");
-    let low = pipeline.push(&message, Some(Sequence(4)), now).err();
+    let low = pipeline.push(&message, Some(Sequence(4)), || now).err();
     let expected = Error::SequenceNotRising {
         last: Sequence(4),
         given: Sequence(4),
     };
     assert_eq!(low, Some(expected));
-    let skipped = pipeline.push(&message, Some(Sequence(40)), now).unwrap();
+    let skipped = pipeline.push(&message, Some(Sequence(40)), || now).unwrap();
     assert_eq!(skipped.sequence, Sequence(40));
     assert_eq!(pipeline.last_assigned(), Sequence(40));
 }

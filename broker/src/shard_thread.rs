@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use millpond_protocol::limits::BATCH_BYTES_TARGET;
 use millpond_wal::storage::Storage;
 use tokio::sync::{oneshot, watch};
 
@@ -305,15 +306,16 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
     /// Takes several messages at once, so that the group's buffer grows once for all of them.
     fn gather(&mut self) {
         let room = self.shard.group_room();
-        let mut bytes = self.taken.iter().map(Message::publish_bytes).sum();
-        while self.taken.len() < TAKEN_MAX && bytes < room {
+        let mut bytes: usize = self.taken.iter().map(Message::publish_bytes).sum();
+        while self.taken.len() < TAKEN_MAX && (bytes < room || self.taken.is_empty()) {
             let Ok(message) = self.messages.try_recv() else {
                 break;
             };
             bytes += message.publish_bytes();
             self.taken.push_back(message);
         }
-        self.shard.expect(bytes);
+        // No more than the group takes and the batch that fills it: what is kept of a group keeps all of its buffer.
+        self.shard.expect(bytes.min(room + BATCH_BYTES_TARGET));
     }
 
     fn close(mut self, reply: Option<StopReply>) {

@@ -264,12 +264,10 @@ impl<S: Storage, C: Clock> Rounds<S, C> {
         if !self.taken.is_empty() || !self.messages.is_empty() {
             return Ok(());
         }
-        match self.shard.wait_us() {
-            0 => {}
-            us => {
-                let message = self.messages.recv_timeout(Duration::from_micros(us))?;
-                self.taken.push_back(message);
-            }
+        let us = self.shard.wait_us();
+        if us > 0 {
+            let message = self.messages.recv_timeout(Duration::from_micros(us))?;
+            self.taken.push_back(message);
         }
         Ok(())
     }

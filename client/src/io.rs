@@ -102,7 +102,7 @@ impl FrameReader {
     }
 
     /// Takes in a chunk, or of the chunks that are there what the frame at hand misses and nothing behind it:
-    /// so a large frame lies in memory of its size, and no byte of it is copied twice.
+    /// so a large frame lies in memory of its size, and nothing but the chunk that began it is copied twice.
     async fn fill(&mut self) -> Result<(), StreamEnd> {
         if self.unread.is_empty() {
             let Some(count) = self.stream.read_chunks(&mut self.chunks).await? else {

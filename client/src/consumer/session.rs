@@ -84,7 +84,7 @@ enum Phase {
 pub struct Session {
     prefetch: Prefetch,
     state: Mutex<State>,
-    /// Told once for many deliveries: see `Told`.
+    /// By each delivery told once between two looks of the writer, as `settle_work` is: see `Told`.
     credit_work: Notify,
     settle_work: Notify,
     progress: Notify,

@@ -309,6 +309,78 @@ async fn a_resumed_session_settles_again_what_was_not_answered() {
     assert_eq!(patient(acking).await.unwrap(), Ok(()));
 }
 
+/// A consumer of offsets 1 to 3 whose broker has lost the leases of 1 and 2 in a crash, and gives them again.
+async fn after_a_crash(broker: &FakeBroker) -> (Consumer, Client, [Delivery; 3], FakeConnection) {
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    consumer.deliveries.deliver(1, [1, 2, 3]).await;
+    let taken = [
+        consumer.next().await,
+        consumer.next().await,
+        consumer.next().await,
+    ];
+    connection.break_off();
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        leases: vec![lease(3, 1)],
+        resumed: true,
+        ..opened(1, SubscriptionMode::Queue)
+    };
+    let (_, deliveries, settlements) = connection.consumer(&again).await;
+    (consumer.deliveries, consumer.settlements) = (deliveries, settlements);
+    credit(&mut consumer.deliveries, 7, 0).await;
+    (consumer, client, taken, connection)
+}
+
+#[tokio::test]
+async fn what_the_user_has_is_not_handed_out_again_when_a_crash_lost_its_lease() {
+    let broker = FakeBroker::start();
+    let (mut consumer, _client, [first, second, third], _connection) = after_a_crash(&broker).await;
+    assert_eq!(first.lost(), Some(LostReason::LeaseExpired));
+    // Other messages stand before, between and behind what comes again.
+    consumer.deliveries.deliver(1, [7, 1, 8, 2, 9]).await;
+    let mut others = Vec::new();
+    for (offset, begun) in [(7, 2), (8, 4), (9, 5)] {
+        let next = consumer.next().await;
+        assert_eq!(next.offset(), Offset(offset));
+        credit(&mut consumer.deliveries, 9, begun).await;
+        others.push(next);
+    }
+    assert_eq!([&first, &second, &third].map(Delivery::lost), [None; 3]);
+    let acking = tokio::spawn(first.ack());
+    let run = acks(&mut consumer.settlements).await;
+    assert_eq!((run[0].offset, run[0].delivery.0), (Offset(1), 1));
+    settled(&mut consumer.settlements, 1).await;
+    assert_eq!(patient(acking).await.unwrap(), Ok(()));
+}
+
+#[tokio::test]
+async fn what_comes_again_alone_is_begun_at_once() {
+    let broker = FakeBroker::start();
+    let (mut consumer, _client, _taken, _connection) = after_a_crash(&broker).await;
+    consumer.deliveries.deliver(1, [1]).await;
+    credit(&mut consumer.deliveries, 8, 1).await;
+}
+
+#[tokio::test]
+async fn what_was_settled_is_not_handed_out_again_under_its_old_name() {
+    let broker = FakeBroker::start();
+    let (mut consumer, _client, [first, _second, _third], _connection) =
+        after_a_crash(&broker).await;
+    let nacking = tokio::spawn(first.nack(Nack::new("no")));
+    let found = settle(&mut consumer.settlements).await;
+    assert_eq!(found.items[0].lease, lease(1, 1));
+    // It was given again before the broker heard of that, which then counted against it.
+    settled(&mut consumer.settlements, 1).await;
+    assert_eq!(patient(nacking).await.unwrap(), Ok(()));
+    consumer.deliveries.deliver(1, [1, 9]).await;
+    assert_eq!(consumer.next().await.offset(), Offset(9));
+    // If it did not count, nobody has it.
+    let found = settle(&mut consumer.settlements).await;
+    assert_eq!(found.items[0].lease, lease(1, 1));
+    assert_eq!(found.items[0].outcome, Wire::Release { delay_ms: None });
+}
+
 #[tokio::test]
 async fn when_the_broker_goes_away_what_is_held_is_settled_before_leaving() {
     let broker = FakeBroker::start();

@@ -111,6 +111,7 @@ struct State {
     /// What the user has, by its slot; some of it may be of earlier sessions.
     taken: Slab<(SessionId, LeaseName)>,
     lost: BTreeMap<LeaseName, LostReason>,
+    strays: BTreeMap<LeaseName, Stray>,
     /// The broker is going away: nothing is handed out before the streams are open again.
     paused: bool,
     settle: SettleQueue,
@@ -118,6 +119,16 @@ struct State {
     user: Option<Waker>,
     stream: StreamPosition,
     told_of: Told,
+}
+
+/// A lease that the user had when the session was resumed, and that the broker did not list. One that it lost
+/// in a crash may come again under the same name.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+enum Stray {
+    /// The user still has it: what comes again is what the user has.
+    Held,
+    /// Settled since, and that may have counted against what comes again.
+    Settled,
 }
 
 /// Which writers have been told of work and have not looked since. Telling one costs more than all else that a
@@ -164,6 +175,7 @@ impl Session {
                 taken_in_all: 0,
                 taken: Slab::new(),
                 lost: BTreeMap::new(),
+                strays: BTreeMap::new(),
                 paused: false,
                 settle: SettleQueue::default(),
                 close_sent: false,
@@ -225,6 +237,9 @@ impl Session {
         state.forget(taken.bytes);
         if taken.session == state.resume.session {
             state.lost.remove(&lease);
+            if let Some(stray) = state.strays.get_mut(&lease) {
+                *stray = Stray::Settled;
+            }
         }
         let slot = state.settleable(taken.session).map(|()| match outcome {
             None => state.settle.ack(lease),
@@ -428,6 +443,7 @@ impl Session {
             state.settle.fail(&SESSION_LOST, &mut wakeups);
             state.lost.clear();
         }
+        state.strays.clear();
         match state.mode {
             SubscriptionMode::Queue if same => state.resumed(&opened.leases),
             SubscriptionMode::Queue => state.clear_buffer(),
@@ -527,6 +543,7 @@ impl State {
                 && self.lost.len() < LOST_LEASES_MAX
             {
                 self.lost.insert(*lease, LostReason::LeaseExpired);
+                self.strays.insert(*lease, Stray::Held);
             }
         }
         for lease in self.settle.leases() {

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use millpond_protocol::control::{ConsumerNotice, LeaseName, LostReason, Settled};
+use millpond_protocol::control::{ConsumerNotice, LeaseName, LostReason, Outcome, Settled};
 use millpond_protocol::hot::Delivered;
 use millpond_protocol::{Offset, SubscriptionMode};
 
-use super::{Held, Item, Phase, Session, State};
+use super::{Held, Item, Phase, Session, State, Stray};
 use crate::completion::Wakeups;
 use crate::limits::LOST_LEASES_MAX;
 
@@ -14,11 +14,17 @@ impl Session {
     /// Takes a deliver frame's messages.
     pub fn delivered(&self, delivered: Vec<Delivered>) {
         let mut state = self.state.lock();
+        let strays = state.strays.len();
         for delivered in delivered {
             state.receive(delivered);
         }
+        let is_stray = state.strays.len() < strays;
         let user = state.user.take();
         drop(state);
+        if is_stray {
+            self.credit_work.notify_one();
+            self.settle_work.notify_one();
+        }
         if let Some(user) = user {
             user.wake();
         }
@@ -88,9 +94,38 @@ impl State {
             // Released with the session's end.
             return;
         }
+        if let Some(stray) = self.strays.remove(&held.lease()) {
+            return self.came_again(&held, stray);
+        }
         self.outstanding += 1;
         self.outstanding_bytes += bytes;
         self.buffer.push_back(Item::Message(held));
+    }
+
+    /// A lease of which the broker knew nothing after its crash has been given again, under its old name.
+    fn came_again(&mut self, held: &Held, stray: Stray) {
+        let lease = held.lease();
+        match stray {
+            // Handed out once more, it would be done twice. It is begun as soon as all before it is.
+            Stray::Held => {
+                self.lost.remove(&lease);
+                let before = self.buffer.iter_mut().rev().find_map(|item| match item {
+                    Item::Message(before) => Some(before),
+                    Item::Corrupt { .. } => None,
+                });
+                match before {
+                    Some(before) => {
+                        (before.ordinal, before.generation) = (held.ordinal, held.generation);
+                    }
+                    None => self.begun = held.ordinal + 1,
+                }
+            }
+            // If that counted, this is refused; else it comes under its next name.
+            Stray::Settled => {
+                let release = Outcome::Release { delay_ms: None };
+                self.settle.settle(lease, release);
+            }
+        }
     }
 
     fn leases_lost(&mut self, leases: Vec<LeaseName>, reason: LostReason) {

@@ -12,12 +12,14 @@
 //! put in, and their admission is bounded before.
 
 use std::fmt;
+use std::io;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bytes::Bytes;
 use crossbeam_queue::ArrayQueue;
+use memmap2::{Advice, MmapMut};
 
 use crate::storage::BLOCK_BYTES;
 
@@ -203,12 +205,17 @@ impl fmt::Debug for AlignedBuf {
     }
 }
 
-/// One block more than the capacity, so that an aligned start exists without `unsafe`.
+/// Bytes on a block address.
 #[derive(Default)]
 struct Memory {
-    raw: Box<[u8]>,
+    raw: Raw,
     start: usize,
     capacity: usize,
+}
+
+enum Raw {
+    Heap(Box<[u8]>),
+    Map(MmapMut),
 }
 
 impl Memory {
@@ -217,13 +224,32 @@ impl Memory {
             capacity.is_multiple_of(BLOCK_BYTES),
             "capacity in whole blocks"
         );
+        if capacity >= HUGE_PAGE_BYTES
+            && let Ok(memory) = Memory::of_huge_pages(capacity)
+        {
+            return memory;
+        }
+        // One block more than the capacity, so that an aligned start exists without `unsafe`.
         let raw = vec![0; capacity + BLOCK_BYTES].into_boxed_slice();
-        let start = raw.as_ptr().addr().next_multiple_of(BLOCK_BYTES) - raw.as_ptr().addr();
         Memory {
-            raw,
-            start,
+            start: up_to_next(raw.as_ptr(), BLOCK_BYTES),
+            raw: Raw::Heap(raw),
             capacity,
         }
+    }
+
+    /// Huge pages, where the system has some: a transfer past the page cache then names a few long pieces
+    /// of memory instead of one for each 4 KiB. One huge page more than the capacity is asked for; what lies
+    /// around the aligned part is never touched.
+    fn of_huge_pages(capacity: usize) -> io::Result<Memory> {
+        let raw = MmapMut::map_anon(capacity.next_multiple_of(HUGE_PAGE_BYTES) + HUGE_PAGE_BYTES)?;
+        // Only advice: without it a transfer takes longer.
+        let _ = raw.advise(Advice::HugePage);
+        Ok(Memory {
+            start: up_to_next(raw.as_ptr(), HUGE_PAGE_BYTES),
+            raw: Raw::Map(raw),
+            capacity,
+        })
     }
 
     fn bytes(&self) -> &[u8] {
@@ -232,6 +258,37 @@ impl Memory {
 
     fn bytes_mut(&mut self) -> &mut [u8] {
         &mut self.raw[self.start..self.start + self.capacity]
+    }
+}
+
+/// Bytes from an address to the next multiple of `align`.
+fn up_to_next(address: *const u8, align: usize) -> usize {
+    address.addr().next_multiple_of(align) - address.addr()
+}
+
+impl Default for Raw {
+    fn default() -> Raw {
+        Raw::Heap(Box::default())
+    }
+}
+
+impl Deref for Raw {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Raw::Heap(bytes) => bytes,
+            Raw::Map(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for Raw {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            Raw::Heap(bytes) => bytes,
+            Raw::Map(bytes) => bytes,
+        }
     }
 }
 
@@ -252,6 +309,9 @@ const CLASS_BYTES: [usize; CLASSES] = [
     2 << 20,
     4 << 20,
 ];
+
+/// Of x86-64, and of most else. Buffers from this size on are made of them.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 /// Less is allocated at little cost.
 const FILLED_BYTES_MIN: usize = 128 << 10;
@@ -277,6 +337,17 @@ mod tests {
             assert!(buf.is_empty() && buf.capacity() >= capacity);
             buf.extend_from_slice(b"x");
             assert_eq!(address(&buf) % BLOCK_BYTES, 0);
+        }
+    }
+
+    #[test]
+    fn a_large_buffer_begins_on_a_huge_page() {
+        let pool = BufferPool::new(POOL_BYTES);
+        for capacity in [2 << 20, 4 << 20, (4 << 20) + 1] {
+            let mut buf = pool.take(capacity);
+            buf.resize(capacity);
+            assert_eq!(address(&buf) % HUGE_PAGE_BYTES, 0);
+            assert!(buf.iter().all(|&byte| byte == 0));
         }
     }
 

@@ -360,6 +360,17 @@ async fn what_comes_again_alone_is_begun_at_once() {
     let (mut consumer, _client, _taken, _connection) = after_a_crash(&broker).await;
     consumer.deliveries.deliver(1, [1]).await;
     credit(&mut consumer.deliveries, 8, 1).await;
+    // Behind what is lost before it is taken, too.
+    consumer.deliveries.deliver(1, [7, 2]).await;
+    let notice = ConsumerNotice::LeasesLost {
+        leases: vec![lease(7, 1)],
+        reason: LostReason::Seek,
+    };
+    consumer
+        .deliveries
+        .write(FrameType::ConsumerNotice, &notice)
+        .await;
+    credit(&mut consumer.deliveries, 10, 3).await;
 }
 
 #[tokio::test]

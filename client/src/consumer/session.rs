@@ -111,6 +111,7 @@ struct State {
     /// What the user has, by its slot; some of it may be of earlier sessions.
     taken: Slab<(SessionId, LeaseName)>,
     lost: BTreeMap<LeaseName, LostReason>,
+    /// No more than were taken when the session was resumed.
     strays: BTreeMap<LeaseName, Stray>,
     /// The broker is going away: nothing is handed out before the streams are open again.
     paused: bool,
@@ -523,7 +524,7 @@ impl State {
     fn begin(&mut self, held: &mut Held) {
         self.taken_in_all += 1;
         if held.generation == self.generation {
-            self.begun = self.begun.max(held.ordinal + 1);
+            self.count_begun();
         }
         if self.mode == SubscriptionMode::Stream {
             self.forget(held.bytes());
@@ -532,18 +533,27 @@ impl State {
         }
     }
 
+    /// All that came on this delivery stream before what is still buffered is begun, or over.
+    fn count_begun(&mut self) {
+        let first = self.buffer.iter().find_map(|item| match item {
+            Item::Message(held) if held.generation == self.generation => Some(held.ordinal),
+            _ => None,
+        });
+        self.begun = self.begun.max(first.unwrap_or(self.received));
+    }
+
     /// Keeps what stands. A lease that nobody here has was on its way when the streams broke: it is
     /// handed back, lest it wait unseen.
     fn resumed(&mut self, leases: &[LeaseName]) {
         let mut unseen: BTreeSet<LeaseName> = leases.iter().copied().collect();
         self.retain(|held| unseen.remove(&held.lease()));
         for (_, (session, lease)) in &self.taken {
-            if *session == self.resume.session
-                && !unseen.remove(lease)
-                && self.lost.len() < LOST_LEASES_MAX
-            {
+            if *session != self.resume.session || unseen.remove(lease) {
+                continue;
+            }
+            self.strays.insert(*lease, Stray::Held);
+            if self.lost.len() < LOST_LEASES_MAX {
                 self.lost.insert(*lease, LostReason::LeaseExpired);
-                self.strays.insert(*lease, Stray::Held);
             }
         }
         for lease in self.settle.leases() {

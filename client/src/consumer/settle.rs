@@ -102,6 +102,8 @@ impl SettleQueue {
         let slot = batch.call();
         self.pending += 1;
         if full {
+            // What was acknowledged before stays before.
+            self.ready.extend(self.acks.take());
             self.ready.extend(self.items.take());
         }
         slot
@@ -430,6 +432,18 @@ mod tests {
         assert_eq!(left(Some(1_000), 300), Some(700));
         assert_eq!(left(Some(1_000), 2_000), Some(0));
         assert_eq!(left(None, 300), None, "the backoff is the broker's");
+    }
+
+    #[test]
+    fn a_full_batch_does_not_overtake_the_acks_before_it() {
+        let mut queue = SettleQueue::default();
+        let _ack = queue.ack(lease(7, 1));
+        for offset in 0..SETTLE_ITEMS_MAX as u64 {
+            queue.settle(lease(offset, 2), Outcome::Release { delay_ms: None });
+        }
+        let first = queue.next().unwrap();
+        let runs = millpond_protocol::hot::decode_acks(&first[8..]).unwrap();
+        assert_eq!(runs[0].offset, Offset(7));
     }
 
     #[test]

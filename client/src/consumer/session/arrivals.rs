@@ -95,7 +95,7 @@ impl State {
             return;
         }
         if let Some(stray) = self.strays.remove(&held.lease()) {
-            return self.came_again(&held, stray);
+            return self.came_again(held.lease(), stray);
         }
         self.outstanding += 1;
         self.outstanding_bytes += bytes;
@@ -103,22 +103,15 @@ impl State {
     }
 
     /// A lease of which the broker knew nothing after its crash has been given again, under its old name.
-    fn came_again(&mut self, held: &Held, stray: Stray) {
-        let lease = held.lease();
+    fn came_again(&mut self, lease: LeaseName, stray: Stray) {
         match stray {
             // Handed out once more, it would be done twice. It is begun as soon as all before it is.
             Stray::Held => {
-                self.lost.remove(&lease);
-                let before = self.buffer.iter_mut().rev().find_map(|item| match item {
-                    Item::Message(before) => Some(before),
-                    Item::Corrupt { .. } => None,
-                });
-                match before {
-                    Some(before) => {
-                        (before.ordinal, before.generation) = (held.ordinal, held.generation);
-                    }
-                    None => self.begun = held.ordinal + 1,
+                // A notice may have overtaken the delivery.
+                if self.lost.get(&lease) == Some(&LostReason::LeaseExpired) {
+                    self.lost.remove(&lease);
                 }
+                self.count_begun();
             }
             // If that counted, this is refused; else it comes under its next name.
             Stray::Settled => {
@@ -131,6 +124,7 @@ impl State {
     fn leases_lost(&mut self, leases: Vec<LeaseName>, reason: LostReason) {
         let mut gone: BTreeSet<LeaseName> = leases.into_iter().collect();
         self.retain(|held| !gone.remove(&held.lease()));
+        self.count_begun();
         if self.outstanding == 0 {
             self.lost.clear();
         } else if self.lost.len() + gone.len() <= LOST_LEASES_MAX {

@@ -235,8 +235,9 @@ impl Record {
         place
     }
 
-    /// What was found on the disk; read after its place was taken, so later messages are left out.
-    pub fn found(&self, place: usize, mut topics: Vec<TopicSeen>) {
+    /// What was found on the disk; read after its place was taken, so later messages are left out. How far
+    /// each topic has been looked at by that.
+    pub fn found(&self, place: usize, mut topics: Vec<TopicSeen>) -> Vec<(TopicNo, u64)> {
         let at = self.now_us();
         let mut inner = self.lock();
         for topic in &mut topics {
@@ -249,7 +250,13 @@ impl Record {
                 topic.messages.truncate(cut);
             }
         }
+        let ends = topics.iter().map(|seen| {
+            let last = seen.messages.last();
+            (seen.topic, last.map_or(seen.from, |last| last.offset + 1))
+        });
+        let ends = ends.collect();
         inner.events[place] = Some(Event::Started { at, topics });
+        ends
     }
 
     pub fn reserve(&self) -> usize {

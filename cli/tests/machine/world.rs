@@ -408,14 +408,9 @@ impl World {
             let view = client.subscription(TOPICS[sub], SUBS[sub]).await?;
             self.record.floor(place, sub, view.floor.0);
         }
-        for topic in &topics {
-            let last = topic
-                .messages
-                .last()
-                .map_or(topic.from, |last| last.offset + 1);
-            self.looked[topic.topic] = last;
+        for (topic, until) in self.record.found(place, topics) {
+            self.looked[topic] = until;
         }
-        self.record.found(place, topics);
         Ok(client)
     }
 

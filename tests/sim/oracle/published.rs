@@ -27,6 +27,11 @@ struct Topic {
     at: BTreeMap<u64, u64>,
     /// One above the highest offset that was acknowledged.
     acknowledged_until: u64,
+    /// One above the highest offset that was looked at on the disk.
+    looked_until: u64,
+    /// The last look began behind something that was let go before anybody saw it: what is not known to
+    /// stand elsewhere may have stood there.
+    is_unsure: bool,
     is_purged: bool,
 }
 
@@ -50,6 +55,8 @@ impl Published {
         let topics = history.topics.iter().map(|_| Topic {
             at: BTreeMap::new(),
             acknowledged_until: 0,
+            looked_until: 0,
+            is_unsure: false,
             is_purged: false,
         });
         Self {
@@ -270,6 +277,8 @@ impl Published {
                 seen.next
             )
         });
+        let topic = &mut self.topics[no];
+        topic.is_unsure = (topic.looked_until..seen.from).any(|at| !topic.at.contains_key(&at));
         let mut expected = seen.from;
         for message in &seen.messages {
             verdict.check(message.offset >= expected, I4, || {
@@ -289,6 +298,8 @@ impl Published {
             expected = message.offset + 1;
             self.found(now, no, message.offset, message.digest, verdict);
         }
+        let topic = &mut self.topics[no];
+        topic.looked_until = topic.looked_until.max(expected);
         if self.rules[no].keeps_all && !self.topics[no].is_purged {
             verdict.check(seen.first_kept == 0, I1, || {
                 format!(
@@ -322,9 +333,13 @@ impl Published {
     /// What was sent before this start and is not there is cut off.
     fn missed(&mut self, now: usize) {
         for digest in std::mem::take(&mut self.open) {
-            if let Some(message) = self.messages.get_mut(&digest)
-                && message.offset.is_none()
-            {
+            let message = self.messages.get_mut(&digest);
+            let Some(message) = message.filter(|message| message.offset.is_none()) else {
+                continue;
+            };
+            if self.topics[message.topic].is_unsure {
+                self.open.insert(digest);
+            } else {
                 message.absent = Some(now);
             }
         }

@@ -365,6 +365,26 @@ fn an_offset_that_is_there_twice_breaks_i4() {
     assert_eq!(found, [Invariant::I4]);
 }
 
+#[test]
+fn what_was_let_go_before_it_was_looked_at_was_not_cut_off() {
+    let look = |from| {
+        let mut topics = seen(&[]);
+        (topics[0].from, topics[0].first_kept, topics[0].next) = (from, from, from);
+        Event::Started { at: 0, topics }
+    };
+    let broken = |from| {
+        let mut history = good();
+        history.topics[0].keeps_all = false;
+        let events = [send(&[1]), taken(&[1], 0), Event::Stopped, look(from)];
+        history.events = vec![started(&[])];
+        history.events.extend(events);
+        history.events.push(delivered(1, 1, 1, SECOND));
+        broken_by(&history)
+    };
+    assert_eq!(broken(0), [Invariant::I2]);
+    assert_eq!(broken(1), []);
+}
+
 /// A stream subscription reads three messages and commits two.
 fn stream(offsets: &[u64]) -> History {
     let mut events = vec![

@@ -1,7 +1,7 @@
 //! A consumer's delivery stream: credit in, deliveries and notices out.
 //!
 //! The shard hands out by message credit and an estimate of bytes; here the bytes are exact: a body is
-//! read only when the consumer's byte credit has room for it, at most one frame ahead.
+//! sent only when the consumer's byte credit has room for it. What is read before that: `ahead`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;

@@ -33,7 +33,7 @@ use crate::retire::{Held, Retirement};
 use crate::seal::{Ended, SealDone, SealJob, seal_room};
 use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
 use crate::snapshot::Snapshot;
-use crate::spare::{Spare, SpareDone, SpareJob};
+use crate::spare::{Spare, SpareDone, SpareJob, fill_with_zeros};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, Segment, Tables};
 use crate::unlink::UnlinkJob;
@@ -91,6 +91,8 @@ pub(crate) enum Health {
 pub(crate) struct Active<F> {
     pub segment: Held<Segment<F>>,
     pub file: Arc<F>,
+    /// Beyond this the next segment begins, with its first entry excepted.
+    pub bytes_max: u64,
     /// Where the next entry goes.
     pub end: u64,
     pub entries: u64,
@@ -376,16 +378,31 @@ impl<S: Storage> Log<S> {
     fn make_room(&mut self, disk_bytes: u64, records: u64) -> Result<(), LogError> {
         if let Some(active) = &self.active
             && active.entries > 0
-            && active.end + disk_bytes + active.seal_room(records) > self.options.segment_bytes
+            && active.end + disk_bytes + active.seal_room(records) > active.bytes_max
         {
             self.end_active();
         }
         if self.active.is_none() {
             self.seal_ended(ENDED_MAX)?;
             let needed = ENTRIES_START + disk_bytes + seal_room(records, 1, records);
-            self.begin_segment(needed.max(self.options.segment_bytes))?;
+            self.begin_segment(needed.max(self.next_segment_bytes()))?;
         }
         Ok(())
+    }
+
+    /// The first segment of all is small, because it is filled when it is made; there are spares when it is full.
+    fn next_segment_bytes(&self) -> u64 {
+        let bytes = self.options.segment_bytes;
+        if self.is_unwritten() {
+            bytes.min(FIRST_SEGMENT_BYTES)
+        } else {
+            bytes
+        }
+    }
+
+    /// Whether nothing was ever appended.
+    fn is_unwritten(&self) -> bool {
+        self.durable == LogIndex::NONE
     }
 
     pub(crate) fn end_active(&mut self) {
@@ -481,6 +498,7 @@ impl<S: Storage> Log<S> {
         self.active = Some(Active {
             segment,
             file,
+            bytes_max: bytes.max(file_bytes.min(self.options.segment_bytes)),
             end: ENTRIES_START,
             entries: 0,
             records: 0,
@@ -490,8 +508,8 @@ impl<S: Storage> Log<S> {
         Ok(())
     }
 
-    /// A spare if one is large enough, else a new file, reserved but not filled. A full disk leaves
-    /// things as they were.
+    /// A spare if one is large enough, else a new file: the first of all filled, any other only reserved, because
+    /// the log waits for it. A full disk leaves things as they were.
     fn new_segment_file(&mut self, name: &str, bytes: u64) -> Result<S::File, LogError> {
         let fits = self
             .spares
@@ -506,7 +524,11 @@ impl<S: Storage> Log<S> {
             return file.map_err(|source| self.poison_io("begin", name, source));
         }
         let reserved = self.storage.create(name).and_then(|file| {
-            file.preallocate(bytes)?;
+            if self.is_unwritten() {
+                fill_with_zeros(&file, &self.pool, bytes)?;
+            } else {
+                file.preallocate(bytes)?;
+            }
             Ok(file)
         });
         reserved.map_err(|source| {
@@ -643,3 +665,6 @@ pub(crate) fn bytes_of<F: StorageFile>(segment: &Segment<F>) -> u64 {
 /// Finished segments that may wait for a background job before an append seals them itself. Each keeps
 /// its directory in memory until then.
 pub const ENDED_MAX: usize = 2;
+/// The first segment of a log, in bytes, unless its segments are smaller. Filled with zeros when it is made, 7 ms on a
+/// disk that writes 1.2 GB/s: into blocks that are only reserved, a small write took 221 us instead of 161.
+const FIRST_SEGMENT_BYTES: u64 = 8 << 20;

@@ -64,25 +64,35 @@ impl<S: Storage> SpareJob<S> {
 
     fn fill(&self, unfinished: &str) -> io::Result<()> {
         let file = self.storage.create(unfinished)?;
-        file.preallocate(self.bytes)?;
-        let most = FILL_BYTES.min(usize::try_from(self.bytes).unwrap_or(FILL_BYTES));
-        let mut zeros = self.pool.take(most);
-        zeros.resize(most);
-        let mut at = 0;
-        while at < self.bytes {
-            let step = (most as u64).min(self.bytes - at) as usize;
-            // Past the page cache: copying zeros through it costs ten times the processor time.
-            if step.is_multiple_of(BLOCK_BYTES) {
-                file.write_durable_at(at, &zeros[..step])?;
-            } else {
-                file.write_at(at, &zeros[..step])?;
-            }
-            at += step as u64;
-        }
+        fill_with_zeros(&file, &self.pool, self.bytes)?;
         file.sync_data()?;
         self.storage.rename(unfinished, &spare_name(self.number))?;
         self.storage.sync_dir()
     }
+}
+
+/// Reserves so many bytes and writes zeros to all of them. A full disk is noticed before the first is written.
+pub(crate) fn fill_with_zeros(
+    file: &impl StorageFile,
+    pool: &BufferPool,
+    bytes: u64,
+) -> io::Result<()> {
+    file.preallocate(bytes)?;
+    let most = FILL_BYTES.min(usize::try_from(bytes).unwrap_or(FILL_BYTES));
+    let mut zeros = pool.take(most);
+    zeros.resize(most);
+    let mut at = 0;
+    while at < bytes {
+        let step = (most as u64).min(bytes - at) as usize;
+        // Past the page cache: copying zeros through it costs ten times the processor time.
+        if step.is_multiple_of(BLOCK_BYTES) {
+            file.write_durable_at(at, &zeros[..step])?;
+        } else {
+            file.write_at(at, &zeros[..step])?;
+        }
+        at += step as u64;
+    }
+    Ok(())
 }
 
 pub(crate) fn spare_name(number: u64) -> String {

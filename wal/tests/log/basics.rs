@@ -1,8 +1,10 @@
 //! Append, read, roll, seal, reopen; on a real folder and a simulated one.
 
+use std::convert::Infallible;
+
 use millpond_wal::sim::{Call, Failure, Fault, SimStorage};
-use millpond_wal::storage::{FolderStorage, Mapping, Storage};
-use millpond_wal::{ChunkId, Log, LogError, LogIndex, OpenError, ReadError, Stage};
+use millpond_wal::storage::{FolderStorage, Mapping, Storage, StorageFile};
+use millpond_wal::{ChunkId, Log, LogError, LogIndex, OpenError, Options, ReadError, Stage};
 
 use crate::support::{
     TOPIC, append, body, expect_record, files, open, options, place, reopen, row, snapshot,
@@ -309,6 +311,29 @@ fn spares_are_used_and_survive_a_restart() {
     assert_eq!(log.stats().spares, 0);
     assert!(files(&storage, "spare-").is_empty());
     expect_record(&log.reader(), place(1, 0), 10);
+}
+
+#[test]
+fn the_first_segment_is_small_and_its_blocks_were_written_before() {
+    let storage = SimStorage::new(1);
+    let large = Options {
+        segment_bytes: 32 << 20,
+        ..options()
+    };
+    let mut log = Log::open(storage.clone(), large).unwrap().log;
+    log.replay(|_, _| Ok::<(), Infallible>(())).unwrap();
+    let mut calls = Vec::new();
+    while log.segments().len() < 2 {
+        let before = storage.calls();
+        append(&mut log, 1, 250_000).unwrap();
+        calls.push(storage.calls() - before);
+    }
+    let name = files(&storage, "seg-").pop().unwrap();
+    let bytes = storage.open(&name).unwrap().len().unwrap();
+    assert_eq!(bytes, 32 << 20, "as configured");
+    assert_eq!(calls.len(), 33, "8 MiB in the first");
+    // A call for each MiB of zeros; the one that begins the next segment reserves it only.
+    assert!(calls[0] >= 8 + calls[32], "{calls:?}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ impl Size {
     };
     const QUICK: Self = Self {
         retries: 100_000,
-        scheduled: 500_000,
+        scheduled: 2_000_000,
         backlog: 2_000_000,
         stored: 1_000_000,
         retrying: 100_000,

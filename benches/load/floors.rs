@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::args::{Plan, Role};
 use crate::child::Child;
 use crate::disk;
+use crate::raw_quic::Answer::{self, WhenDurable, WhenRead};
 use crate::raw_quic::{ECHO_BYTES, Raw};
 use crate::sample::{Meter, Sample};
 
@@ -18,19 +19,31 @@ pub enum Floor {
     Quinn1kDeep,
     Quinn128,
     Quinn128Deep,
+    SyncedAlone,
+    Synced1k,
+    Synced1kDeep,
+    Synced128,
+    Synced128Deep,
+    ReadBulk,
     Sync4k,
     Sync64k,
     Sync1m,
 }
 
 impl Floor {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 15] = [
         Self::QuinnBulk,
         Self::QuinnRoundTrip,
         Self::Quinn1k,
         Self::Quinn1kDeep,
         Self::Quinn128,
         Self::Quinn128Deep,
+        Self::SyncedAlone,
+        Self::Synced1k,
+        Self::Synced1kDeep,
+        Self::Synced128,
+        Self::Synced128Deep,
+        Self::ReadBulk,
         Self::Sync4k,
         Self::Sync64k,
         Self::Sync1m,
@@ -44,6 +57,12 @@ impl Floor {
             Self::Quinn1kDeep => "quinn_1k_deep",
             Self::Quinn128 => "quinn_128",
             Self::Quinn128Deep => "quinn_128_deep",
+            Self::SyncedAlone => "synced_alone",
+            Self::Synced1k => "synced_1k",
+            Self::Synced1kDeep => "synced_1k_deep",
+            Self::Synced128 => "synced_128",
+            Self::Synced128Deep => "synced_128_deep",
+            Self::ReadBulk => "read_bulk",
             Self::Sync4k => "sync_4k",
             Self::Sync64k => "sync_64k",
             Self::Sync1m => "sync_1m",
@@ -58,6 +77,14 @@ impl Floor {
             Self::Quinn1kDeep => "1 KiB messages on one stream, 4,096 unanswered",
             Self::Quinn128 => "128 B messages on one stream, 256 unanswered",
             Self::Quinn128Deep => "128 B messages on one stream, 4,096 unanswered",
+            Self::SyncedAlone => {
+                "1 KiB on one stream, answered once a thread has it on disk, 1 in flight"
+            }
+            Self::Synced1k => "as synced_alone, 256 unanswered",
+            Self::Synced1kDeep => "as synced_alone, 4,096 unanswered",
+            Self::Synced128 => "as synced_1k with 128 B",
+            Self::Synced128Deep => "as synced_1k_deep with 128 B",
+            Self::ReadBulk => "one QUIC stream of what is read from the disk",
             Self::Sync4k => "4 KiB write + fdatasync, file written before",
             Self::Sync64k => "64 KiB write + fdatasync, file written before",
             Self::Sync1m => "1 MiB write + fdatasync, file written before",
@@ -83,10 +110,16 @@ impl Floor {
             plan,
         };
         let sample = match self {
-            Self::Quinn1k => bench.windowed(1_024, WINDOW).await,
-            Self::Quinn1kDeep => bench.windowed(1_024, WINDOW_DEEP).await,
-            Self::Quinn128 => bench.windowed(128, WINDOW).await,
-            Self::Quinn128Deep => bench.windowed(128, WINDOW_DEEP).await,
+            Self::Quinn1k => bench.windowed(WhenRead, 1_024, WINDOW).await,
+            Self::Quinn1kDeep => bench.windowed(WhenRead, 1_024, WINDOW_DEEP).await,
+            Self::Quinn128 => bench.windowed(WhenRead, 128, WINDOW).await,
+            Self::Quinn128Deep => bench.windowed(WhenRead, 128, WINDOW_DEEP).await,
+            Self::SyncedAlone => bench.windowed(WhenDurable, 1_024, 1).await,
+            Self::Synced1k => bench.windowed(WhenDurable, 1_024, WINDOW).await,
+            Self::Synced1kDeep => bench.windowed(WhenDurable, 1_024, WINDOW_DEEP).await,
+            Self::Synced128 => bench.windowed(WhenDurable, 128, WINDOW).await,
+            Self::Synced128Deep => bench.windowed(WhenDurable, 128, WINDOW_DEEP).await,
+            Self::ReadBulk => bench.read().await,
             Self::QuinnRoundTrip => bench.round_trip().await,
             _ => bench.bulk().await,
         };
@@ -114,6 +147,15 @@ impl Bench<'_> {
         meter.stop(1_024)
     }
 
+    async fn read(&self) -> Result<Sample> {
+        let mut stream = self.raw.open_read().await?;
+        stream.run(self.plan.pace.warm_up).await?;
+        let mut meter = Meter::start(Some(self.server))?;
+        let bytes = stream.run(time(self.plan)).await?;
+        meter.count(bytes / 1_024);
+        meter.stop(1_024)
+    }
+
     async fn round_trip(&self) -> Result<Sample> {
         let mut warm_up = Meter::start(None)?;
         let warm = self.plan.pace.warm_up;
@@ -123,16 +165,13 @@ impl Bench<'_> {
         meter.stop(ECHO_BYTES as u64)
     }
 
-    async fn windowed(&self, message_bytes: usize, window: u64) -> Result<Sample> {
+    async fn windowed(&self, answer: Answer, message_bytes: usize, window: u64) -> Result<Sample> {
+        let mut stream = self.raw.open_window(answer, message_bytes).await?;
         let mut warm_up = Meter::start(None)?;
         let warm = self.plan.pace.warm_up;
-        self.raw
-            .windowed(message_bytes, window, warm, &mut warm_up)
-            .await?;
+        stream.run(window, warm, &mut warm_up).await?;
         let mut meter = Meter::start(Some(self.server))?;
-        self.raw
-            .windowed(message_bytes, window, time(self.plan), &mut meter)
-            .await?;
+        stream.run(window, time(self.plan), &mut meter).await?;
         meter.stop(message_bytes as u64)
     }
 }

@@ -31,6 +31,7 @@ mod machine;
 mod open_loop;
 mod proc_stat;
 mod publish;
+mod raw_disk;
 mod raw_quic;
 mod replay;
 mod report;

@@ -2,10 +2,11 @@
 //!
 //! A bidirectional stream begins with one byte that says what it is: a bulk stream is read to its end
 //! and answered with one byte, an echo stream gets back what it sends, a window stream names the size
-//! of its messages and is told, after each read, how many whole ones have come. The transport is the broker's
-//! and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
+//! of its messages and is told, after each read, how many whole ones have come, a synced stream how many of them are
+//! durable ([`crate::raw_disk`]). The transport is the broker's and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,7 @@ use rustls::version::TLS13;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::raw_disk;
 use crate::sample::Meter;
 
 /// A listening endpoint on a free port, and its certificate as PEM.
@@ -52,16 +54,18 @@ pub fn server(mtu: u16) -> Result<(Endpoint, String)> {
 }
 
 /// Serves every connection.
-pub async fn accept(endpoint: &Endpoint) {
+pub async fn accept(endpoint: &Endpoint, dir: &Path) {
     while let Some(incoming) = endpoint.accept().await {
+        let dir = dir.to_owned();
         tokio::spawn(async move {
             let Ok(connection) = incoming.await else {
                 return;
             };
             transport::admit(&connection, &QuicConfig::default());
             while let Ok((send, receive)) = connection.accept_bi().await {
+                let dir = dir.clone();
                 // A stream that breaks is missed by the client, which reports it.
-                tokio::spawn(async move { serve(send, receive).await.ok() });
+                tokio::spawn(async move { serve(send, receive, &dir).await.ok() });
             }
         });
     }
@@ -69,6 +73,13 @@ pub async fn accept(endpoint: &Endpoint) {
 
 /// A stream that stays open.
 pub type Idle = (quinn::SendStream, quinn::RecvStream);
+
+/// When a window's messages are answered.
+#[derive(Copy, Clone, Debug, PartialEq, Eq)]
+pub enum Answer {
+    WhenRead,
+    WhenDurable,
+}
 
 /// The client's side of one connection.
 pub struct Raw {
@@ -135,35 +146,35 @@ impl Raw {
         Ok(())
     }
 
-    /// Keeps `window` messages of one size without an answer on one stream; what may go goes as one
-    /// write, as a client that batches would do it.
-    pub async fn windowed(
-        &self,
-        message_bytes: usize,
-        window: u64,
-        time: Duration,
-        meter: &mut Meter,
-    ) -> Result<()> {
+    /// Opens a stream for messages of one size, once the other side is ready to take them.
+    pub async fn open_window(&self, answer: Answer, message_bytes: usize) -> Result<Window> {
         let (mut send, mut receive) = self.connection.open_bi().await?;
+        let kind = match answer {
+            Answer::WhenRead => WINDOW,
+            Answer::WhenDurable => SYNCED,
+        };
+        send.write_all(&[kind]).await?;
         let size = u32::try_from(message_bytes)?;
-        send.write_all(&[WINDOW]).await?;
         send.write_all(&size.to_le_bytes()).await?;
-        let messages = Bytes::from(vec![0x5a; window as usize * message_bytes]);
-        let (mut sent, mut answered) = (0, 0);
-        let end = Instant::now() + time;
-        while Instant::now() < end {
-            let free = (answered + window - sent) as usize;
-            send.write_chunk(messages.slice(..free * message_bytes))
-                .await?;
-            sent += free as u64;
-            let mut told = [0; size_of::<u64>()];
-            receive.read_exact(&mut told).await?;
-            let told = u64::from_le_bytes(told);
-            meter.count(told - answered);
-            answered = told;
-        }
-        send.finish()?;
-        Ok(())
+        receive.read_exact(&mut [0; READY.len()]).await?;
+        Ok(Window {
+            send,
+            receive,
+            message_bytes,
+            sent: 0,
+            answered: 0,
+        })
+    }
+
+    /// A stream that brings a file from the disk, once the other side is ready to read it.
+    pub async fn open_read(&self) -> Result<Reading> {
+        let (mut send, mut receive) = self.connection.open_bi().await?;
+        send.write_all(&[READ]).await?;
+        receive.read_exact(&mut [0; READY.len()]).await?;
+        Ok(Reading {
+            _send: send,
+            receive,
+        })
     }
 
     /// Opens so many streams that have been used once, each way, and then say nothing.
@@ -184,7 +195,67 @@ impl Raw {
     }
 }
 
-async fn serve(mut send: quinn::SendStream, mut receive: quinn::RecvStream) -> Result<()> {
+/// A stream that brings what the other side reads from its disk; dropped, it wants no more.
+pub struct Reading {
+    _send: quinn::SendStream,
+    receive: quinn::RecvStream,
+}
+
+impl Reading {
+    /// Takes what comes for so long; how many bytes.
+    pub async fn run(&mut self, time: Duration) -> Result<u64> {
+        let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
+        let end = Instant::now() + time;
+        let mut bytes = 0;
+        while Instant::now() < end {
+            let read = self.receive.read_chunks(&mut chunks).await?;
+            let read = read.context("the sink ended before it was told to")?;
+            bytes += chunks[..read].iter().map(|c| c.len() as u64).sum::<u64>();
+        }
+        Ok(bytes)
+    }
+}
+
+/// A stream of messages of one size.
+pub struct Window {
+    send: quinn::SendStream,
+    receive: quinn::RecvStream,
+    message_bytes: usize,
+    sent: u64,
+    answered: u64,
+}
+
+impl Window {
+    /// Keeps so many messages without an answer; what may go goes as one write, as a client that batches
+    /// would do it. With a single one, its latency is recorded.
+    pub async fn run(&mut self, window: u64, time: Duration, meter: &mut Meter) -> Result<()> {
+        let messages = Bytes::from(vec![0x5a; window as usize * self.message_bytes]);
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            let began = Instant::now();
+            let free = (self.answered + window - self.sent) as usize;
+            self.send
+                .write_chunk(messages.slice(..free * self.message_bytes))
+                .await?;
+            self.sent += free as u64;
+            let mut told = [0; size_of::<u64>()];
+            self.receive.read_exact(&mut told).await?;
+            let told = u64::from_le_bytes(told);
+            meter.count(told - self.answered);
+            self.answered = told;
+            if window == 1 {
+                meter.record(began.elapsed());
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn serve(
+    mut send: quinn::SendStream,
+    mut receive: quinn::RecvStream,
+    dir: &Path,
+) -> Result<()> {
     let mut kind = [0; 1];
     receive.read_exact(&mut kind).await?;
     match kind {
@@ -193,7 +264,15 @@ async fn serve(mut send: quinn::SendStream, mut receive: quinn::RecvStream) -> R
             while receive.read_chunks(&mut chunks).await?.is_some() {}
             send.write_all(&[BULK]).await?;
         }
-        [WINDOW] => count(&mut send, &mut receive).await?,
+        [WINDOW] => {
+            let size = message_bytes(&mut receive).await?;
+            count(size, &mut send, &mut receive).await?;
+        }
+        [SYNCED] => {
+            let size = message_bytes(&mut receive).await?;
+            raw_disk::synced(dir, size, &mut send, &mut receive).await?;
+        }
+        [READ] => raw_disk::read(dir, &mut send).await?,
         _ => {
             while let Some(chunk) = receive.read_chunk(ECHO_BYTES, true).await? {
                 send.write_chunk(chunk.bytes).await?;
@@ -206,12 +285,21 @@ async fn serve(mut send: quinn::SendStream, mut receive: quinn::RecvStream) -> R
     Ok(())
 }
 
-/// Tells the other side, after each read, how many whole messages have come.
-async fn count(send: &mut quinn::SendStream, receive: &mut quinn::RecvStream) -> Result<()> {
+async fn message_bytes(receive: &mut quinn::RecvStream) -> Result<u64> {
     let mut size = [0; size_of::<u32>()];
     receive.read_exact(&mut size).await?;
     let size = u64::from(u32::from_le_bytes(size));
     ensure!(size > 0, "a message has bytes");
+    Ok(size)
+}
+
+/// Tells the other side, after each read, how many whole messages have come.
+async fn count(
+    size: u64,
+    send: &mut quinn::SendStream,
+    receive: &mut quinn::RecvStream,
+) -> Result<()> {
+    send.write_all(&READY).await?;
     let mut chunks = vec![Bytes::new(); limits::READ_CHUNKS];
     let (mut bytes, mut told) = (0, 0);
     while let Some(read) = receive.read_chunks(&mut chunks).await? {
@@ -262,6 +350,10 @@ const ALPN: &[u8] = b"millpond-bench-raw";
 const BULK: u8 = b'b';
 const ECHO: u8 = b'e';
 const WINDOW: u8 = b'w';
+const SYNCED: u8 = b's';
+const READ: u8 = b'r';
+/// What the serving side of a window says first.
+pub const READY: [u8; 1] = [b'y'];
 const BULK_CHUNK_BYTES: usize = 256 << 10;
 /// The size of a round trip's message.
 pub const ECHO_BYTES: usize = 128;

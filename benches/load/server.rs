@@ -54,7 +54,7 @@ async fn sink(dir: &Path, mtu: u16) -> Result<()> {
         ca,
     })?;
     tokio::select! {
-        () = raw_quic::accept(&endpoint) => {}
+        () = raw_quic::accept(&endpoint, dir) => {}
         () = parent_gone() => {}
     }
     endpoint.close(0_u32.into(), b"");

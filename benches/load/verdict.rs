@@ -16,6 +16,9 @@ pub struct Headline {
     /// What the machine gave to the same work without a broker, where there is such a thing.
     pub floor: Option<Spread>,
     pub ratio: Option<Spread>,
+    /// What raw quinn with a disk behind it gave, and nothing else of a broker, where that is comparable.
+    pub bare: Option<Spread>,
+    pub of_bare: Option<Spread>,
 }
 
 /// Something that is claimed, and what was found.
@@ -116,6 +119,29 @@ impl Round<'_> {
         }
     }
 
+    /// The same unit from [`crate::raw_disk`].
+    fn bare(&self, kind: Scenario) -> Option<f64> {
+        match kind {
+            Scenario::Publish1k => self.quinn(Floor::Synced1k),
+            Scenario::Publish1kDeep | Scenario::Publish1k8 | Scenario::Topics1000 => {
+                self.quinn(Floor::Synced1kDeep)
+            }
+            Scenario::Publish128 => self.quinn(Floor::Synced128),
+            Scenario::Publish128Deep => self.quinn(Floor::Synced128Deep),
+            Scenario::BulkIn => Some(self.floor(Floor::Synced1kDeep)?.mb_per_second()),
+            Scenario::BulkOut => Some(self.floor(Floor::ReadBulk)?.mb_per_second()),
+            Scenario::ConsumeAck1k => self.quinn(Floor::ReadBulk),
+            Scenario::AckAlone | Scenario::EndToEnd => {
+                Some(self.floor(Floor::SyncedAlone)?.latency?.p50_us)
+            }
+            _ => None,
+        }
+    }
+
+    fn of_bare(&self, kind: Scenario) -> Option<f64> {
+        Some(self.value(kind)? / self.bare(kind)?)
+    }
+
     fn ratio(&self, kind: Scenario) -> Option<f64> {
         Some(self.value(kind)? / self.floor_under(kind)?)
     }
@@ -144,6 +170,8 @@ pub fn headline(measured: &Measured, kind: Scenario) -> Option<Headline> {
         unit: unit(kind),
         floor: each(|round, kind| round.floor_under(kind)),
         ratio: each(|round, kind| round.ratio(kind)),
+        bare: each(|round, kind| round.bare(kind)),
+        of_bare: each(|round, kind| round.of_bare(kind)),
     })
 }
 

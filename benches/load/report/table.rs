@@ -68,6 +68,9 @@ fn write_headline(out: &mut impl Write, found: &Headline) -> Result<()> {
     if let (Some(floor), Some(ratio)) = (&found.floor, &found.ratio) {
         write!(out, ", floor {}, ratio {}", range(floor), range(ratio))?;
     }
+    if let (Some(bare), Some(of_bare)) = (&found.bare, &found.of_bare) {
+        write!(out, ", bare {}, of that {}", range(bare), range(of_bare))?;
+    }
     writeln!(out)?;
     Ok(())
 }

@@ -169,8 +169,9 @@ pub(crate) struct Directory<'a, R> {
     footer: &'a Footer,
     /// Reads the block at a file position.
     read: R,
-    /// The last block, because neighbours are asked for in a row.
-    last: Option<(u64, [u8; BLOCK_BYTES])>,
+    /// The last block, because neighbours are asked for in a row, and its number, if it is good.
+    block: [u8; BLOCK_BYTES],
+    held: Option<u64>,
 }
 
 impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> Directory<'a, R> {
@@ -178,7 +179,8 @@ impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> Directory<'a, 
         Directory {
             footer,
             read,
-            last: None,
+            block: [0; BLOCK_BYTES],
+            held: None,
         }
     }
 
@@ -242,39 +244,33 @@ impl<'a, R: FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>> Directory<'a, 
 
     fn item<T: Item>(&mut self, nth: u64) -> Result<T, Unreadable> {
         let number = T::first_block(self.footer) + nth / T::PER_BLOCK;
-        let block = match &mut self.last {
-            Some((last, block)) if *last == number => block,
-            last => {
-                &last
-                    .insert((number, read_block(self.footer, &mut self.read, number)?))
-                    .1
-            }
-        };
+        if self.held != Some(number) {
+            self.read_block(number)?;
+        }
         let at = BLOCK_HEADER_BYTES + (nth % T::PER_BLOCK) as usize * size_of::<T>();
-        T::read_from_prefix(&block[at..])
+        T::read_from_prefix(&self.block[at..])
             .map(|(item, _)| item)
             .map_err(|_| Unreadable::Damaged)
     }
-}
 
-fn read_block(
-    footer: &Footer,
-    mut read: impl FnMut(u64, &mut [u8; BLOCK_BYTES]) -> io::Result<()>,
-    number: u64,
-) -> Result<[u8; BLOCK_BYTES], Unreadable> {
-    let mut block = [0; BLOCK_BYTES];
-    let mut failed = Unreadable::Damaged;
-    for copy in 0..2 {
-        let at = footer.copy_at(copy) + number * BLOCK_BYTES as u64;
-        match read(at, &mut block) {
-            Ok(()) if block_is_good(&block, number, footer.uuid) => return Ok(block),
-            Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
-                failed = Unreadable::Io(error);
+    fn read_block(&mut self, number: u64) -> Result<(), Unreadable> {
+        self.held = None;
+        let mut failed = Unreadable::Damaged;
+        for copy in 0..2 {
+            let at = self.footer.copy_at(copy) + number * BLOCK_BYTES as u64;
+            match (self.read)(at, &mut self.block) {
+                Ok(()) if block_is_good(&self.block, number, self.footer.uuid) => {
+                    self.held = Some(number);
+                    return Ok(());
+                }
+                Err(error) if error.kind() != io::ErrorKind::UnexpectedEof => {
+                    failed = Unreadable::Io(error);
+                }
+                _ => {}
             }
-            _ => {}
         }
+        Err(failed)
     }
-    Err(failed)
 }
 
 /// How many blocks of one directory copy are bad.

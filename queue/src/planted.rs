@@ -67,8 +67,8 @@ impl Subscription {
         let waiting: Vec<_> = self.retries.iter().map(|(offset, _)| offset).collect();
         for offset in waiting {
             if let Some(mut retry) = self.retries.take(offset) {
-                retry.failures += u32::from(charges && retry.due.is_some());
-                retry.due = retry.due.map(|due| if forgets { now } else { due });
+                retry.failures += u32::from(charges && retry.due().is_some());
+                retry.set_due(retry.due().map(|due| if forgets { now } else { due }));
                 self.retries.put(offset, retry, u32::MAX);
             }
         }

@@ -24,7 +24,7 @@ impl Queue {
     /// What the message has of its own.
     pub(crate) fn own(&self, sub: &Subscription, offset: u64, retry: &Retry) -> Extra {
         let of_topic = || self.topics.get(&sub.topic).map(|topic| topic.extra(offset));
-        retry.own.or_else(of_topic).unwrap_or_default()
+        retry.own().or_else(of_topic).unwrap_or_default()
     }
 
     /// Failures after which the message is dead: its own number or the subscription's.
@@ -41,7 +41,7 @@ impl Queue {
         at: At,
         sub_id: SubscriptionId,
         offset: u64,
-        retry: Retry,
+        mut retry: Retry,
         reason: DeadReason,
     ) {
         let Some(sub) = self.subscriptions.get(&sub_id) else {
@@ -60,12 +60,12 @@ impl Queue {
             subscription_id: sub_id,
             body: self.body_of(sub.topic, Offset(offset)),
             reason,
-            place: retry.place.unwrap_or(at.place),
+            place: retry.place().unwrap_or(at.place),
             failures: retry.failures,
             deliveries: retry.deliveries,
             releases: retry.releases,
-            redrives: retry.redrives,
-            first_attempt_at: retry.first_attempt_at,
+            redrives: retry.redrives(),
+            first_attempt_at: retry.first_attempt_at(),
             dead_at: at.stamp,
             delivery: retry.delivery,
             session: retry.session,
@@ -82,9 +82,8 @@ impl Queue {
             .and_then(|dead| self.file(at, dead, letter, bytes));
         if planted::is(Bug::DeadLetterStays) {
             if let Some(sub) = self.subscriptions.get_mut(&sub_id) {
-                let due = Some(at.stamp);
-                let retry = Box::new(Retry { due, ..retry });
-                sub.wait(offset, retry, u32::MAX, &mut self.dirty);
+                retry.set_due(Some(at.stamp));
+                sub.wait(offset, Box::new(retry), u32::MAX, &mut self.dirty);
             }
             return;
         }
@@ -180,7 +179,7 @@ impl Queue {
             sub.parked.remove(offset);
             sub.again.remove(offset);
             if let Some(retry) = sub.take_retry(offset, &mut self.dirty) {
-                self.pins.unpin_record(retry.place);
+                self.pins.unpin_record(retry.place());
             }
             if !sub.is_finished(offset) {
                 self.finish(id, offset, offset + 1);
@@ -341,14 +340,10 @@ impl Queue {
         } else {
             sub.done.remove(offset);
         }
-        let retry = Retry {
-            redrives: letter.redrives + 1,
-            delivery: letter.delivery,
-            session: letter.session,
-            due: Some(at.stamp),
-            own: Some(letter.own),
-            ..Retry::default()
-        };
+        let mut retry = Retry::redriven(letter.redrives + 1, Some(letter.own));
+        retry.delivery = letter.delivery;
+        retry.session = letter.session;
+        retry.set_due(Some(at.stamp));
         sub.wait(offset, Box::new(retry), u32::MAX, &mut self.dirty);
         self.wake(id);
     }

@@ -243,7 +243,7 @@ impl Queue {
         let is_redriven = sub
             .retries
             .get(offset)
-            .is_some_and(|retry| retry.redrives > 0);
+            .is_some_and(|retry| retry.redrives() > 0);
         if !sub.is_queue()
             || offset < sub.start
             || is_redriven
@@ -260,7 +260,7 @@ impl Queue {
             return;
         };
         let retry = *sub.take_retry(offset, &mut self.dirty).unwrap_or_default();
-        self.pins.unpin_record(retry.place);
+        self.pins.unpin_record(retry.place());
         self.kill(at, id, offset, retry, reason);
     }
 
@@ -348,7 +348,7 @@ impl Queue {
         let retry = sub
             .take_retry(offset, &mut self.dirty)
             .map_or_else(|| Retry::first(run.session, run.delivery), |retry| *retry);
-        self.pins.unpin_record(retry.place);
+        self.pins.unpin_record(retry.place());
         self.kill(at, id, offset, retry, reason);
     }
 

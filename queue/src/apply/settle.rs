@@ -149,7 +149,7 @@ impl Queue {
         };
         while let Some(offset) = sub.retries.next_in(first, end) {
             if let Some(retry) = sub.take_retry(offset, &mut self.dirty) {
-                self.pins.unpin_record(retry.place);
+                self.pins.unpin_record(retry.place());
             }
         }
     }
@@ -306,9 +306,9 @@ impl Queue {
         let mut retry = sub
             .take_retry(offset, &mut self.dirty)
             .unwrap_or_else(first);
-        self.pins.unpin_record(retry.place);
+        self.pins.unpin_record(retry.place());
         retry.answered = ended.answered.then(|| ending.answer());
-        retry.first_attempt_at = retry.first_attempt_at.or(ending.begun_at());
+        retry.set_first_attempt_at(retry.first_attempt_at().or(ending.begun_at()));
         match ending {
             Ending::Failure { kind, code, .. } => {
                 retry.fail(at, kind, code, ending.begun_at(), ended.consumer);
@@ -340,8 +340,8 @@ impl Queue {
         }
         let due = self.due(at.stamp, sub, offset, &retry, ending);
         let max_attempts = self.max_attempts(sub, offset, &retry);
-        retry.due = Some(due);
-        self.pins.pin_record(retry.place);
+        retry.set_due(Some(due));
+        self.pins.pin_record(retry.place());
         if due > at.stamp {
             self.work.timers.arm(Timer::Subscription(ended.sub), due);
         }
@@ -371,7 +371,7 @@ impl Queue {
             return Some(DeadReason::MaxDeliveries);
         }
         // Who sends a letter back wants it to be tried, however old it is.
-        if retry.redrives > 0 {
+        if retry.redrives() > 0 {
             return None;
         }
         let topic = self.topics.get(&sub.topic)?;
@@ -467,9 +467,9 @@ impl Retry {
         self.failures += 1 + u32::from(planted::is(Bug::AttemptCountedTwice));
         self.suspect = false;
         self.lost = kind == FailureKind::SessionLost;
-        self.place = Some(at.place);
-        self.first_attempt_at
-            .get_or_insert(begun_at.unwrap_or(at.stamp));
+        self.set_place(Some(at.place));
+        let first = self.first_attempt_at().or(begun_at);
+        self.set_first_attempt_at(Some(first.unwrap_or(at.stamp)));
         self.remember(Failure {
             at: at.stamp,
             duration_ms: begun_at.map_or(0, |begun| at.stamp.ms_since(begun)),

@@ -406,7 +406,7 @@ impl Queue {
             return;
         };
         for (offset, retry) in sub.retries.iter() {
-            self.pins.unpin_record(retry.place);
+            self.pins.unpin_record(retry.place());
             self.dirty.mark(dirty::retries(id, offset));
         }
         sub.retries.clear();
@@ -434,7 +434,7 @@ impl Queue {
         let waiting: Vec<_> = sub.retries.range(0, first).map(|(at, _)| at).collect();
         for offset in waiting {
             if let Some(retry) = sub.take_retry(offset, &mut self.dirty) {
-                self.pins.unpin_record(retry.place);
+                self.pins.unpin_record(retry.place());
             }
         }
         let low = sub.keeps().min(sub.again.next_present(0).unwrap_or(first));

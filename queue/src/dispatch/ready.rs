@@ -306,7 +306,7 @@ impl Server<'_> {
 
     /// Whether a waiting message has outlived its time; what was redriven has all the time it needs.
     fn is_retry_over(&self, offset: u64) -> bool {
-        let redriven = |retry: &Retry| retry.redrives > 0;
+        let redriven = |retry: &Retry| retry.redrives() > 0;
         self.is_over(offset) && !self.sub.retries.get(offset).is_some_and(redriven)
     }
 

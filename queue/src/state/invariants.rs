@@ -34,7 +34,7 @@ impl Queue {
                     assert!(!sub.again.contains(offset), "what is leased is not ready");
                     let retry = sub.retries.get(offset);
                     assert!(
-                        retry.is_none_or(|retry| retry.due.is_none()),
+                        retry.is_none_or(|retry| retry.due().is_none()),
                         "nor does it wait"
                     );
                 }
@@ -44,11 +44,11 @@ impl Queue {
                 let is_leased = sub.leases.get(offset).is_some();
                 assert_eq!(
                     is_leased,
-                    retry.due.is_none(),
+                    retry.due().is_none(),
                     "what does not wait is leased"
                 );
                 assert!(
-                    retry.place.is_none_or(|at| self.pins.has_record(at)),
+                    retry.place().is_none_or(|at| self.pins.has_record(at)),
                     "stories stay"
                 );
             }

@@ -23,7 +23,7 @@ pub struct Retry {
     /// Hand-outs of any kind since it entered the subscription or was redriven.
     pub deliveries: u32,
     pub releases: u32,
-    pub redrives: u32,
+    redrives: u32,
     /// The delivery number of the last lease.
     pub delivery: u32,
     /// Whose it was.
@@ -31,20 +31,20 @@ pub struct Retry {
     /// How its own session's settlement ended the last lease, if one did.
     pub answered: Option<Answer>,
     /// Leases before the last one, oldest first: delivery number and whose it was.
-    pub earlier: Vec<(u32, SessionId)>,
+    earlier: Vec<(u32, SessionId)>,
     /// Begun beside others in a session that was lost: to be delivered alone.
     pub suspect: bool,
     /// Its last failure was the loss of a session: if one attempt is left, it is delivered alone.
     pub lost: bool,
     /// When it may be handed out again; `None`: it is leased.
-    pub due: Option<Stamp>,
-    pub first_attempt_at: Option<Stamp>,
+    due: Option<Stamp>,
+    first_attempt_at: Option<Stamp>,
     /// The record of the last failure.
-    pub place: Option<Place>,
+    place: Option<Place>,
     /// What the message has of its own, kept here once it was redriven.
-    pub own: Option<Extra>,
+    own: Option<Extra>,
     /// The last failures, oldest first.
-    pub history: Vec<Failure>,
+    history: Vec<Failure>,
 }
 
 /// A settlement that ended a lease, other than an ack.
@@ -78,6 +78,15 @@ impl Retry {
         }
     }
 
+    /// A message that came back from the dead letters so many times, with what it has of its own.
+    pub fn redriven(redrives: u32, own: Option<Extra>) -> Self {
+        Self {
+            redrives,
+            own,
+            ..Self::default()
+        }
+    }
+
     /// It is leased again.
     pub fn lease(&mut self, session: SessionId, delivery: u32) {
         if self.deliveries > 0 {
@@ -97,11 +106,62 @@ impl Retry {
     /// Whether this lease was once given.
     pub fn was_leased(&self, session: SessionId, delivery: u32) -> bool {
         let lease = (delivery, session);
-        lease == (self.delivery, self.session) || self.earlier.contains(&lease)
+        lease == (self.delivery, self.session) || self.earlier().any(|earlier| earlier == lease)
     }
 
     pub fn remember(&mut self, failure: Failure) {
         push_last(&mut self.history, failure, HISTORY_MAX);
+    }
+
+    /// What a snapshot tells of its earlier leases and its failures, oldest first.
+    pub fn set_past(&mut self, earlier: Vec<(u32, SessionId)>, history: Vec<Failure>) {
+        self.earlier = earlier;
+        self.history = history;
+    }
+
+    pub fn set_due(&mut self, due: Option<Stamp>) {
+        self.due = due;
+    }
+
+    pub fn set_first_attempt_at(&mut self, at: Option<Stamp>) {
+        self.first_attempt_at = at;
+    }
+
+    pub fn set_place(&mut self, place: Option<Place>) {
+        self.place = place;
+    }
+
+    /// When it may be handed out again; `None`: it is leased.
+    pub fn due(&self) -> Option<Stamp> {
+        self.due
+    }
+
+    pub fn first_attempt_at(&self) -> Option<Stamp> {
+        self.first_attempt_at
+    }
+
+    /// The record of the last failure.
+    pub fn place(&self) -> Option<Place> {
+        self.place
+    }
+
+    pub fn redrives(&self) -> u32 {
+        self.redrives
+    }
+
+    /// What the message has of its own, kept here once it was redriven.
+    pub fn own(&self) -> Option<Extra> {
+        self.own
+    }
+
+    /// Leases before the last one, oldest first: delivery number and whose it was.
+    pub fn earlier(&self) -> impl Iterator<Item = (u32, SessionId)> {
+        self.earlier.iter().copied()
+    }
+
+    /// The last failures, oldest first.
+    pub fn history(&self) -> impl Iterator<Item = &Failure> {
+        self.history.iter()
     }
 
     /// Whether its next hand-out is to be the only one of its session.
@@ -166,8 +226,8 @@ impl Shelf {
         let mut shelf = Self::default();
         for (offset, retry) in &entries {
             shelf.bytes += retry.bytes();
-            shelf.places.extend(retry.place);
-            match retry.due {
+            shelf.places.extend(retry.place());
+            match retry.due() {
                 Some(due) if is_alone(*offset, retry) => shelf.alone.push((due, *offset)),
                 Some(due) => shelf.due.push((due, *offset)),
                 None => {}
@@ -196,7 +256,7 @@ impl Retries {
     /// Puts an entry there; the one before must have been taken out.
     pub fn put(&mut self, offset: u64, retry: Box<Retry>, max_attempts: u32) {
         self.bytes += retry.bytes();
-        if let Some(due) = retry.due {
+        if let Some(due) = retry.due() {
             if retry.is_alone(max_attempts) {
                 self.alone.insert((due, offset));
             } else {
@@ -238,7 +298,7 @@ impl Retries {
             self.shelves.remove(&shelf_of(offset));
         }
         self.bytes -= retry.bytes();
-        if let Some(due) = retry.due {
+        if let Some(due) = retry.due() {
             self.wait_no_more(due, offset);
         }
         Some(retry)
@@ -250,7 +310,7 @@ impl Retries {
         let Some(retry) = shelf.and_then(|shelf| shelf.get_mut(&offset)) else {
             return;
         };
-        let before = (retry.bytes(), retry.due);
+        let before = (retry.bytes(), retry.due());
         retry.lease(session, delivery);
         self.bytes = self.bytes - before.0 + retry.bytes();
         if let Some(due) = before.1 {
@@ -321,7 +381,7 @@ impl Retries {
             assert!(all_here && !entries.is_empty(), "shelves hold their own");
         }
         for (offset, retry) in self.iter() {
-            if let Some(due) = retry.due {
+            if let Some(due) = retry.due() {
                 let at = (due, offset);
                 assert!(
                     self.due.contains(&at) != self.alone.contains(&at),
@@ -346,10 +406,10 @@ fn shelf_of(offset: u64) -> u64 {
 
 /// A message's failures with the one that happens now as the last: what a record tells of it.
 pub fn history_with(retry: Option<&Retry>, last: &Failure) -> Vec<HistoryItem> {
-    let before = retry.iter().flat_map(|retry| &retry.history);
+    let before = retry.into_iter().flat_map(Retry::history);
     let all = before.chain(std::iter::once(last));
     let surplus = retry.map_or(0, |retry| {
-        (retry.history.len() + 1).saturating_sub(HISTORY_MAX)
+        (retry.history().count() + 1).saturating_sub(HISTORY_MAX)
     });
     let item = |failure: &Failure| HistoryItem {
         at: failure.at,

@@ -458,25 +458,25 @@ impl Queue {
         let (first, end) = span(part, ENTRIES_SHIFT, first);
         list(sub.retries.range(first, end).map(|(offset, retry)| {
             let own = retry
-                .own
+                .own()
                 .map(|own| (own.max_attempts, own.backoff_initial_ms));
-            let history = retry.history.iter();
+            let history = retry.history();
             RetryChunk {
                 offset,
                 failures: retry.failures,
                 deliveries: retry.deliveries,
                 releases: retry.releases,
-                redrives: retry.redrives,
+                redrives: retry.redrives(),
                 delivery: retry.delivery,
                 session: retry.session,
                 answered: retry.answered,
                 suspect: retry.suspect,
                 lost: retry.lost,
-                due: retry.due,
-                first_attempt_at: retry.first_attempt_at,
-                place: retry.place,
+                due: retry.due(),
+                first_attempt_at: retry.first_attempt_at(),
+                place: retry.place(),
                 own,
-                earlier: retry.earlier.to_vec(),
+                earlier: retry.earlier().collect(),
                 history: history
                     .map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code))
                     .collect(),

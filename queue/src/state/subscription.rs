@@ -191,7 +191,7 @@ impl Subscription {
             return MessageState::Leased;
         }
         if let Some(retry) = self.retries.get(offset) {
-            return match retry.due {
+            return match retry.due() {
                 Some(due) if due > now => MessageState::Scheduled,
                 _ => MessageState::Ready,
             };
@@ -240,7 +240,7 @@ impl Subscription {
         dirty: &mut Dirty,
     ) -> bool {
         if let Some(retry) = self.retries.get(offset) {
-            let is_due = retry.due.is_some_and(|due| due <= due_by(now));
+            let is_due = retry.due().is_some_and(|due| due <= due_by(now));
             if !is_due || delivery != retry.delivery.max(self.delivery_base) + 1 {
                 return false;
             }
@@ -263,7 +263,7 @@ impl Subscription {
 
     /// Makes a message wait as its entry says.
     pub fn wait(&mut self, offset: u64, retry: Box<Retry>, max_attempts: u32, dirty: &mut Dirty) {
-        debug_assert!(retry.due.is_some(), "a waiting message has a due time");
+        debug_assert!(retry.due().is_some(), "a waiting message has a due time");
         dirty.mark(dirty::retries(self.id, offset));
         self.retries.put(offset, retry, max_attempts);
     }

@@ -108,7 +108,7 @@ fn a_nacks_own_delay_wins_and_is_clamped_to_thirty_days() {
             .retries
             .get(offset)
             .unwrap()
-            .due;
+            .due();
         assert_eq!(due, Some(rig.now.plus_ms(wait)));
     }
 }

@@ -105,23 +105,23 @@ fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> R
         kind,
         code,
     };
-    Retry {
-        failures: read.failures,
-        deliveries: read.deliveries,
-        releases: read.releases,
-        redrives: read.redrives,
-        delivery: read.delivery,
-        session: read.session,
-        answered: read.answered,
-        suspect: read.suspect,
-        lost: read.lost,
-        due: read.due,
-        first_attempt_at: read.first_attempt_at,
-        place: read.place,
-        own: read.own.map(own),
-        earlier: read.earlier,
-        history: read.history.into_iter().map(failure).collect(),
-    }
+    let mut retry = Retry::redriven(read.redrives, read.own.map(own));
+    retry.failures = read.failures;
+    retry.deliveries = read.deliveries;
+    retry.releases = read.releases;
+    retry.delivery = read.delivery;
+    retry.session = read.session;
+    retry.answered = read.answered;
+    retry.suspect = read.suspect;
+    retry.lost = read.lost;
+    retry.set_due(read.due);
+    retry.set_first_attempt_at(read.first_attempt_at);
+    retry.set_place(read.place);
+    retry.set_past(
+        read.earlier,
+        read.history.into_iter().map(failure).collect(),
+    );
+    retry
 }
 
 const DISORDER: RestoreError = RestoreError::Contradiction("retries are out of order");

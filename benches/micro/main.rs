@@ -297,11 +297,24 @@ impl Storm {
     fn run() -> Self {
         let mut rig = Rig::new();
         let mut storm = Self::default();
+        storm.fail(&mut rig);
+        rig.now = rig.now.plus_ms(120_000);
+        rig.queue.renew(SESSION, rig.now);
+        storm.hand_out(&mut rig);
+        for first in (0..STORM).step_by(BATCH as usize) {
+            let acks = (first..first + BATCH).map(|offset| run(offset, 2, 1));
+            storm.acks += rig.settled(acks.collect(), Vec::new());
+        }
+        storm
+    }
+
+    /// All messages wait for their second attempt.
+    fn fail(&mut self, rig: &mut Rig) {
         while rig.last < STORM {
             rig.publish(128);
         }
-        storm.hand_out(&mut rig);
-        storm.hand_outs = Duration::ZERO;
+        self.hand_out(rig);
+        self.hand_outs = Duration::ZERO;
         for first in (0..STORM).step_by(BATCH as usize) {
             let nack = |offset| SettleEntry {
                 lease: LeaseName {
@@ -317,16 +330,8 @@ impl Storm {
                 history: Vec::new(),
             };
             let items = (first..first + BATCH).map(nack).collect();
-            storm.nacks += rig.settled(Vec::new(), items);
+            self.nacks += rig.settled(Vec::new(), items);
         }
-        rig.now = rig.now.plus_ms(120_000);
-        rig.queue.renew(SESSION, rig.now);
-        storm.hand_out(&mut rig);
-        for first in (0..STORM).step_by(BATCH as usize) {
-            let acks = (first..first + BATCH).map(|offset| run(offset, 2, 1));
-            storm.acks += rig.settled(acks.collect(), Vec::new());
-        }
-        storm
     }
 
     fn hand_out(&mut self, rig: &mut Rig) {
@@ -358,6 +363,19 @@ fn retries(criterion: &mut Criterion) {
             bench.iter_custom(|rounds| (0..rounds).map(|_| step(&Storm::run())).sum());
         });
     }
+    group.bench_function("read back", |bench| {
+        let mut rig = Rig::new();
+        Storm::default().fail(&mut rig);
+        let chunks = rig.queue.snapshot().dirty;
+        let read = || {
+            let began = Instant::now();
+            let read = Queue::restore(millpond_queue::Options::default(), chunks.iter().cloned());
+            let took = began.elapsed();
+            read.expect("it was just written");
+            took
+        };
+        bench.iter_custom(|rounds| (0..rounds).map(|_| read()).sum());
+    });
     group.finish();
 }
 

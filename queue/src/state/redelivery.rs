@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use millpond_protocol::limits::HISTORY_MAX;
-use millpond_protocol::{SessionId, Stamp};
+use millpond_protocol::{LogIndex, SessionId, Stamp};
 use serde::{Deserialize, Serialize};
 
 use crate::effect::Place;
@@ -17,35 +17,55 @@ use crate::record::{FailureKind, HistoryItem};
 use crate::state::dirty::ENTRIES_SHIFT;
 use crate::state::topic::Extra;
 
+/// One allocation for a message that failed once, and for its second lease. What may be absent stands apart from
+/// whether it is there, because an `Option` of eight bytes takes sixteen; absent is all zeros, so that equal
+/// entries have equal fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Retry {
     pub failures: u32,
     /// Hand-outs of any kind since it entered the subscription or was redriven.
     pub deliveries: u32,
     pub releases: u32,
-    redrives: u32,
     /// The delivery number of the last lease.
     pub delivery: u32,
     /// Whose it was.
     pub session: SessionId,
     /// How its own session's settlement ended the last lease, if one did.
     pub answered: Option<Answer>,
-    /// Leases before the last one, oldest first: delivery number and whose it was.
-    earlier: Vec<(u32, SessionId)>,
     /// Begun beside others in a session that was lost: to be delivered alone.
     pub suspect: bool,
     /// Its last failure was the loss of a session: if one attempt is left, it is delivered alone.
     pub lost: bool,
-    /// When it may be handed out again; `None`: it is leased.
-    due: Option<Stamp>,
-    first_attempt_at: Option<Stamp>,
-    /// The record of the last failure.
-    place: Option<Place>,
-    /// What the message has of its own, kept here once it was redriven.
-    own: Option<Extra>,
-    /// The last failures, oldest first.
-    history: Vec<Failure>,
+    is_waiting: bool,
+    has_begun: bool,
+    has_place: bool,
+    has_earlier: bool,
+    due: Stamp,
+    first_attempt_at: Stamp,
+    index: LogIndex,
+    record: u32,
+    earlier_delivery: u32,
+    earlier_session: SessionId,
+    last: Option<Failure>,
+    /// Absent if it is all at its default.
+    rest: Option<Box<Rest>>,
 }
+
+/// What few messages have.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Rest {
+    redrives: u32,
+    own: Option<Extra>,
+    /// Leases before the one before the last, oldest first.
+    earlier: Vec<(u32, SessionId)>,
+    /// Failures before the last one, oldest first.
+    failures: Vec<Failure>,
+}
+
+const _: () = assert!(
+    size_of::<Retry>() <= 120,
+    "with the allocator's eight bytes it is two cache lines"
+);
 
 /// A settlement that ended a lease, other than an ack.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,23 +100,25 @@ impl Retry {
 
     /// A message that came back from the dead letters so many times, with what it has of its own.
     pub fn redriven(redrives: u32, own: Option<Extra>) -> Self {
-        Self {
+        let rest = Rest {
             redrives,
             own,
+            ..Rest::default()
+        };
+        Self {
+            rest: (rest != Rest::default()).then(|| Box::new(rest)),
             ..Self::default()
         }
     }
 
     /// It is leased again.
     pub fn lease(&mut self, session: SessionId, delivery: u32) {
-        if self.deliveries > 0 {
-            push_last(
-                &mut self.earlier,
-                (self.delivery, self.session),
-                EARLIER_MAX,
-            );
+        if self.deliveries > 0
+            && let Some(before) = self.replace_earlier(Some((self.delivery, self.session)))
+        {
+            push_last(&mut self.rest().earlier, before, EARLIER_MAX - 1);
         }
-        self.due = None;
+        self.set_due(None);
         self.deliveries += 1;
         self.delivery = delivery;
         self.session = session;
@@ -110,58 +132,74 @@ impl Retry {
     }
 
     pub fn remember(&mut self, failure: Failure) {
-        push_last(&mut self.history, failure, HISTORY_MAX);
+        if let Some(before) = self.last.replace(failure) {
+            push_last(&mut self.rest().failures, before, HISTORY_MAX - 1);
+        }
     }
 
     /// What a snapshot tells of its earlier leases and its failures, oldest first.
-    pub fn set_past(&mut self, earlier: Vec<(u32, SessionId)>, history: Vec<Failure>) {
-        self.earlier = earlier;
-        self.history = history;
+    pub fn set_past(&mut self, mut earlier: Vec<(u32, SessionId)>, mut history: Vec<Failure>) {
+        self.replace_earlier(earlier.pop());
+        self.last = history.pop();
+        if !earlier.is_empty() || !history.is_empty() {
+            earlier.shrink_to_fit();
+            history.shrink_to_fit();
+            let rest = self.rest();
+            rest.earlier = earlier;
+            rest.failures = history;
+        }
     }
 
     pub fn set_due(&mut self, due: Option<Stamp>) {
-        self.due = due;
+        self.is_waiting = due.is_some();
+        self.due = due.unwrap_or_default();
     }
 
     pub fn set_first_attempt_at(&mut self, at: Option<Stamp>) {
-        self.first_attempt_at = at;
+        self.has_begun = at.is_some();
+        self.first_attempt_at = at.unwrap_or_default();
     }
 
     pub fn set_place(&mut self, place: Option<Place>) {
-        self.place = place;
+        self.has_place = place.is_some();
+        let place = place.unwrap_or_default();
+        (self.index, self.record) = (place.index, place.record);
     }
 
     /// When it may be handed out again; `None`: it is leased.
     pub fn due(&self) -> Option<Stamp> {
-        self.due
+        self.is_waiting.then_some(self.due)
     }
 
     pub fn first_attempt_at(&self) -> Option<Stamp> {
-        self.first_attempt_at
+        self.has_begun.then_some(self.first_attempt_at)
     }
 
     /// The record of the last failure.
     pub fn place(&self) -> Option<Place> {
-        self.place
+        let (index, record) = (self.index, self.record);
+        self.has_place.then_some(Place { index, record })
     }
 
     pub fn redrives(&self) -> u32 {
-        self.redrives
+        self.rest.as_ref().map_or(0, |rest| rest.redrives)
     }
 
     /// What the message has of its own, kept here once it was redriven.
     pub fn own(&self) -> Option<Extra> {
-        self.own
+        self.rest.as_ref()?.own
     }
 
     /// Leases before the last one, oldest first: delivery number and whose it was.
     pub fn earlier(&self) -> impl Iterator<Item = (u32, SessionId)> {
-        self.earlier.iter().copied()
+        let before = self.rest.iter().flat_map(|rest| &rest.earlier);
+        before.copied().chain(self.last_earlier())
     }
 
     /// The last failures, oldest first.
     pub fn history(&self) -> impl Iterator<Item = &Failure> {
-        self.history.iter()
+        let before = self.rest.iter().flat_map(|rest| &rest.failures);
+        before.chain(&self.last)
     }
 
     /// Whether its next hand-out is to be the only one of its session.
@@ -170,20 +208,48 @@ impl Retry {
     }
 
     fn bytes(&self) -> u64 {
-        let history = self.history.len() * size_of::<Failure>();
-        let earlier = self.earlier.len() * size_of::<(u32, SessionId)>();
-        (size_of::<Self>() + 64 + history + earlier) as u64
+        let rest = self.rest.as_ref().map_or(0, |rest| {
+            let failures = rest.failures.len() * size_of::<Failure>();
+            let earlier = rest.earlier.len() * size_of::<(u32, SessionId)>();
+            size_of::<Rest>() + REST_MORE_BYTES + failures + earlier
+        });
+        (size_of::<Self>() + MORE_BYTES + rest) as u64
+    }
+
+    /// The lease before the last one.
+    fn last_earlier(&self) -> Option<(u32, SessionId)> {
+        let lease = (self.earlier_delivery, self.earlier_session);
+        self.has_earlier.then_some(lease)
+    }
+
+    fn replace_earlier(&mut self, lease: Option<(u32, SessionId)>) -> Option<(u32, SessionId)> {
+        let before = self.last_earlier();
+        self.has_earlier = lease.is_some();
+        (self.earlier_delivery, self.earlier_session) = lease.unwrap_or_default();
+        before
+    }
+
+    /// To put something there that is not its default.
+    fn rest(&mut self) -> &mut Rest {
+        self.rest.get_or_insert_default()
     }
 }
 
-/// Appends to a list that keeps its last `most` items, and takes hardly more memory than it has items: most
-/// messages fail once, and many may wait.
+/// What the allocator and the trees need for an entry beside it: 8 bytes, and 56 in nodes that are half full or
+/// little more.
+const MORE_BYTES: usize = 64;
+
+/// What the allocator needs for the rest and its two lists, in steps of 16 bytes.
+const REST_MORE_BYTES: usize = 32;
+
+/// Appends to a list that keeps its last `most` items, and takes no more memory than it has items: they are few,
+/// and many messages may wait.
 fn push_last<T>(list: &mut Vec<T>, item: T, most: usize) {
     if list.len() == most {
         list.remove(0);
     }
     if list.len() == list.capacity() {
-        list.reserve_exact(list.len().max(1));
+        list.reserve_exact(1);
     }
     list.push(item);
 }
@@ -419,4 +485,92 @@ pub fn history_with(retry: Option<&Retry>, last: &Failure) -> Vec<HistoryItem> {
         code: failure.code,
     };
     all.skip(surplus).map(item).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failure(nth: u32) -> Failure {
+        Failure {
+            at: Stamp(u64::from(nth)),
+            duration_ms: 1,
+            consumer: "c".into(),
+            kind: FailureKind::Nack,
+            code: nth,
+        }
+    }
+
+    /// Handed out and failed so many times, then leased once more.
+    fn tried(times: u32) -> Retry {
+        let mut retry = Retry::first(SessionId(1), 1);
+        for nth in 1..=times {
+            retry.remember(failure(nth));
+            retry.set_due(Some(Stamp(0)));
+            retry.lease(SessionId(u64::from(nth) + 1), nth + 1);
+        }
+        retry
+    }
+
+    #[test]
+    fn one_failure_and_the_lease_after_it_stand_in_the_entry() {
+        let once = tried(1);
+        assert!(once.rest.is_none());
+        assert_eq!(once.bytes(), Retry::default().bytes());
+        assert!(tried(2).bytes() > once.bytes());
+        assert_eq!(once.history().count() + once.earlier().count(), 2);
+    }
+
+    #[test]
+    fn the_last_leases_and_failures_are_kept_oldest_first() {
+        for times in 0..15 {
+            let retry = tried(times);
+            let earlier: Vec<_> = retry.earlier().map(|(delivery, _)| delivery).collect();
+            let codes: Vec<_> = retry.history().map(|failure| failure.code).collect();
+            let first_of = |most: usize| (times + 1).saturating_sub(most as u32).max(1);
+            assert_eq!(earlier, Vec::from_iter(first_of(EARLIER_MAX)..=times));
+            assert_eq!(codes, Vec::from_iter(first_of(HISTORY_MAX)..=times));
+            let is_known = |delivery: u32| retry.was_leased(SessionId(delivery.into()), delivery);
+            assert!((first_of(EARLIER_MAX)..=times + 1).all(is_known));
+        }
+    }
+
+    #[test]
+    fn an_entry_that_is_told_again_is_equal() {
+        for times in 0..15 {
+            let retry = tried(times);
+            let mut told = Retry::redriven(0, None);
+            (told.deliveries, told.delivery) = (retry.deliveries, retry.delivery);
+            told.session = retry.session;
+            told.set_past(
+                retry.earlier().collect(),
+                retry.history().cloned().collect(),
+            );
+            assert_eq!(told, retry);
+            assert_eq!(told.bytes(), retry.bytes());
+        }
+    }
+
+    #[test]
+    fn what_is_zero_is_not_what_is_absent() {
+        let mut retry = Retry::redriven(0, None);
+        retry.set_due(Some(Stamp(0)));
+        retry.set_first_attempt_at(Some(Stamp(0)));
+        retry.set_place(Some(Place::default()));
+        assert_ne!(retry, Retry::default());
+        assert_eq!(
+            (retry.due(), retry.first_attempt_at()),
+            (Some(Stamp(0)), Some(Stamp(0)))
+        );
+        assert_eq!(retry.place(), Some(Place::default()));
+        retry.set_due(None);
+        retry.set_first_attempt_at(None);
+        retry.set_place(None);
+        assert_eq!(retry, Retry::default());
+        assert_eq!(
+            Retry::redriven(1, Some(Extra::default())).own(),
+            Some(Extra::default())
+        );
+        assert_ne!(Retry::redriven(0, Some(Extra::default())), Retry::default());
+    }
 }

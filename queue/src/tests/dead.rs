@@ -22,6 +22,11 @@ fn two_dead(rig: &mut Rig) -> (TopicId, SubscriptionId) {
     (topic, sub)
 }
 
+pub(super) fn redrive_all(rig: &mut Rig) {
+    let target = RedriveTarget::Subscription;
+    redrive(rig, DeadFilter::default(), None, target);
+}
+
 fn redrive(rig: &mut Rig, filter: DeadFilter, rate: Option<u32>, target: RedriveTarget) -> u64 {
     let dead = rig.queue.dead_topic("t", "s").unwrap();
     let outcome = rig.apply(&Record::Redrive {

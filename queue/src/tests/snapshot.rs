@@ -255,3 +255,45 @@ fn retries_that_stand_in_another_chunk_are_refused() {
     let refused = RestoreError::Contradiction("retries are out of order");
     assert_eq!(restored.map(|_| ()), Err(refused));
 }
+
+#[test]
+fn the_bytes_of_retries_stay_what_they_are() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let config = SubscriptionConfig {
+        max_attempts: 50,
+        ..plain()
+    };
+    let sub = rig.sub_with(topic, "s", config);
+    rig.publish(topic, 5);
+    rig.consumer(sub, 1, 100);
+    let soon = Verdict::Nack {
+        delay_ms: Some(1_000),
+        code: 5,
+        reason: String::new(),
+    };
+    for _ in 0..13 {
+        for Got {
+            offset, delivery, ..
+        } in rig.run()
+        {
+            match (offset, delivery) {
+                (0, _) | (1, 1) | (3, 1..=2) => rig.settle(sub, 1, offset, delivery, soon.clone()),
+                (2, 1) => rig.settle(sub, 1, offset, delivery, release()),
+                (4, 1) => rig.settle(sub, 1, offset, delivery, reject()),
+                // The last lease of the message stays.
+                _ => continue,
+            };
+        }
+        rig.wait(2_000);
+        rig.queue.renew(SessionId(1), rig.now);
+    }
+    super::dead::redrive_all(&mut rig);
+    rig.run();
+    let chunks: BTreeMap<_, _> = rig.queue.chunks().into_iter().collect();
+    let bytes = &chunks[&crate::state::dirty::retries(sub, 0)];
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(hex, include_str!("snapshot/retries.txt").trim_end());
+    let restored = Queue::restore(Options::default(), chunks.clone().into_iter()).unwrap();
+    assert_eq!(BTreeMap::from_iter(restored.chunks()), chunks);
+}

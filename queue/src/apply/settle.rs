@@ -147,10 +147,14 @@ impl Queue {
         let Some(sub) = self.subscriptions.get_mut(&sub_id) else {
             return;
         };
-        while let Some(offset) = sub.retries.next_in(first, end) {
+        let mut from = first;
+        while from < end
+            && let Some(offset) = sub.retries.next_in(from, end)
+        {
             if let Some(retry) = sub.take_retry(offset, &mut self.dirty) {
                 self.pins.unpin_record(retry.place());
             }
+            from = offset + 1;
         }
     }
 

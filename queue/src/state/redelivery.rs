@@ -370,18 +370,26 @@ impl Retries {
         Some(retry)
     }
 
-    /// Leases an entry that waits, where it stands.
-    pub fn lease(&mut self, offset: u64, session: SessionId, delivery: u32) {
-        let shelf = self.shelves.get_mut(&shelf_of(offset));
-        let Some(retry) = shelf.and_then(|shelf| shelf.get_mut(&offset)) else {
-            return;
-        };
+    /// Leases an entry that waits, where it stands, if it `may` be; whether it was. `None`: there is no entry.
+    pub fn lease(
+        &mut self,
+        offset: u64,
+        session: SessionId,
+        delivery: u32,
+        may: impl FnOnce(&Retry) -> bool,
+    ) -> Option<bool> {
+        let shelf = self.shelves.get_mut(&shelf_of(offset))?;
+        let retry = shelf.get_mut(&offset)?;
+        if !may(retry) {
+            return Some(false);
+        }
         let before = (retry.bytes(), retry.due());
         retry.lease(session, delivery);
         self.bytes = self.bytes - before.0 + retry.bytes();
         if let Some(due) = before.1 {
             self.wait_no_more(due, offset);
         }
+        Some(true)
     }
 
     fn wait_no_more(&mut self, due: Stamp, offset: u64) {

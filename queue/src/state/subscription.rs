@@ -239,17 +239,17 @@ impl Subscription {
         now: Stamp,
         dirty: &mut Dirty,
     ) -> bool {
-        if let Some(retry) = self.retries.get(offset) {
+        let base = self.delivery_base;
+        let may = |retry: &Retry| {
             let is_due = retry.due().is_some_and(|due| due <= due_by(now));
-            if !is_due || delivery != retry.delivery.max(self.delivery_base) + 1 {
-                return false;
+            is_due && delivery == retry.delivery.max(base) + 1
+        };
+        match self.retries.lease(offset, session, delivery, may) {
+            Some(true) => dirty.mark(dirty::retries(self.id, offset)),
+            None if delivery == base + 1 && self.again.remove(offset) => {
+                dirty.mark_sets(self.id, offset, offset + 1);
             }
-            self.retries.lease(offset, session, delivery);
-            dirty.mark(dirty::retries(self.id, offset));
-        } else if delivery != self.delivery_base + 1 || !self.again.remove(offset) {
-            return false;
-        } else {
-            dirty.mark_sets(self.id, offset, offset + 1);
+            Some(false) | None => return false,
         }
         self.leases.insert(LeaseRun {
             first: offset,

@@ -1,1 +1,0 @@
-//! Golden bytes of the formats.

@@ -187,9 +187,9 @@ impl MemoryConfig {
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct LogConfig {
-    /// Bytes after which a segment is sealed. Default 72 MiB; 1 MiB to 4 GiB. Space comes back
-    /// in units of this. A snapshot ends its segment too, so a little more than
-    /// `snapshot_every_bytes` wastes the least of what was filled with zeros ahead.
+    /// Bytes after which a segment is sealed; the first of a store ends after 8 MiB at the latest. Default
+    /// 72 MiB; 1 MiB to 4 GiB. Space comes back in units of this. A snapshot ends its segment too, so a
+    /// little more than `snapshot_every_bytes` wastes the least of what was filled with zeros ahead.
     pub segment_bytes: u64,
     /// Log bytes after which a snapshot is written, which bounds what a restart replays to about
     /// twice this. Default 64 MiB; at least 1 MiB.

@@ -143,7 +143,7 @@ impl<S: Storage> Log<S> {
     }
 
     /// Sees to it that the group has a segment to go into, so that appending it does not find the disk
-    /// full. After `DiskFull` nothing has changed, and it may be asked again.
+    /// full; no other is appended before it. After `DiskFull` nothing has changed, and it may be asked again.
     pub fn make_room_for(&mut self, group: &Group) -> Result<(), LogError> {
         self.check_writable()?;
         let disk_bytes = group.bytes().next_multiple_of(BLOCK_BYTES) as u64;

@@ -163,6 +163,8 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 self.maintenance.spare_running = false;
                 if let Some(done) = unless_full(result, "a spare segment could not be prepared")? {
                     self.log.install_spare(done);
+                    // Another may be missing: a fresh log has none, and its first segment is small.
+                    self.maintenance.next_us = 0;
                 }
             }
             Done::Clean(result) => {

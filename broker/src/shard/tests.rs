@@ -218,10 +218,18 @@ fn made(out: &Outbox<SimStorage>) -> impl Iterator<Item = u64> {
 }
 
 fn open(storage: &SimStorage, clock: &ManualClock) -> Shard<SimStorage, ManualClock> {
+    open_with_spares(storage, clock, 0)
+}
+
+fn open_with_spares(
+    storage: &SimStorage,
+    clock: &ManualClock,
+    spare_segments: usize,
+) -> Shard<SimStorage, ManualClock> {
     let options = ShardOptions {
         log: millpond_wal::Options {
             segment_bytes: 1 << 20,
-            spare_segments: 0,
+            spare_segments,
             ..millpond_wal::Options::default()
         },
         snapshot_every_bytes: 1 << 20,
@@ -229,6 +237,22 @@ fn open(storage: &SimStorage, clock: &ManualClock) -> Shard<SimStorage, ManualCl
     Shard::open(storage.clone(), clock.clone(), None, options)
         .unwrap()
         .0
+}
+
+#[test]
+fn spares_are_made_one_after_the_other_until_there_are_enough() {
+    let mut shard = open_with_spares(&SimStorage::new(1), &ManualClock::new(1), 2);
+    let mut made = 0;
+    loop {
+        let mut out = Outbox::default();
+        shard.upkeep(&mut out).unwrap();
+        let Some(Job::Spare(job)) = out.jobs.pop() else {
+            break;
+        };
+        shard.job_done(Done::Spare(job.run())).unwrap();
+        made += 1;
+    }
+    assert_eq!(made, 2, "within the same microsecond");
 }
 
 #[test]

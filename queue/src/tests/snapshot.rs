@@ -295,5 +295,7 @@ fn the_bytes_of_retries_stay_what_they_are() {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(hex, include_str!("snapshot/retries.txt").trim_end());
     let restored = Queue::restore(Options::default(), chunks.clone().into_iter()).unwrap();
+    let retries = |queue: &Queue| queue.subscriptions[&sub].retries.clone();
+    assert_eq!(retries(&restored), retries(&rig.queue));
     assert_eq!(BTreeMap::from_iter(restored.chunks()), chunks);
 }

@@ -337,6 +337,41 @@ fn the_first_segment_is_small_and_its_blocks_were_written_before() {
 }
 
 #[test]
+fn a_disk_that_is_full_while_the_first_segment_is_filled_leaves_the_log_as_it_was() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    // The first durable write of the append is one of zeros.
+    storage.plan(Failure {
+        call: Some(Call::WriteDurable),
+        skip: 0,
+        fault: Fault::NoSpace,
+    });
+    let full = append(&mut log, 1, 10).map(drop);
+    assert!(matches!(full, Err(LogError::DiskFull)), "{full:?}");
+    assert!(files(&storage, "seg-").is_empty());
+    assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(1));
+}
+
+#[test]
+fn a_first_segment_that_cannot_be_filled_stops_the_log_and_is_gone_at_the_next_start() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    storage.plan(Failure {
+        call: Some(Call::WriteDurable),
+        skip: 0,
+        fault: Fault::Io,
+    });
+    let failed = append(&mut log, 1, 10).map(drop);
+    assert!(matches!(failed, Err(LogError::Disk { .. })), "{failed:?}");
+    drop(log);
+    storage.restart_process();
+    let (mut log, replayed) = open(&storage);
+    assert!(replayed.is_empty());
+    append(&mut log, 1, 10).unwrap();
+    assert_eq!(files(&storage, "seg-").len(), 1);
+}
+
+#[test]
 fn on_a_full_disk_the_last_spare_is_left_for_the_next_start() {
     let storage = SimStorage::new(1);
     let (mut log, _) = open(&storage);

@@ -33,7 +33,7 @@ use crate::retire::{Held, Retirement};
 use crate::seal::{Ended, SealDone, SealJob, seal_room};
 use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
 use crate::snapshot::Snapshot;
-use crate::spare::{Spare, SpareDone, SpareJob, fill_with_zeros};
+use crate::spare::{STEP_BYTES_MAX, Spare, SpareDone, SpareJob, fill_with_zeros};
 use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
 use crate::tables::{Body, Segment, Tables};
 use crate::unlink::UnlinkJob;
@@ -74,6 +74,8 @@ pub struct Log<S: Storage> {
     pub(crate) vouched: LogIndex,
     /// The last entry that is not blank.
     pub(crate) last_normal: LogIndex,
+    /// Of the last entries, on the average; newer ones count for more.
+    pub(crate) entry_bytes: u64,
     pub(crate) stats: LogStats,
 }
 
@@ -232,7 +234,10 @@ impl<S: Storage> Log<S> {
     pub fn spare_job(&self) -> Option<SpareJob<S>> {
         let (storage, pool) = (self.storage.clone(), self.pool.clone());
         let wanted = self.spares.len() < self.options.spare_segments;
-        wanted.then(|| SpareJob::new(storage, pool, self.next_spare, self.options.segment_bytes))
+        wanted.then(|| {
+            let bytes = self.options.segment_bytes;
+            SpareJob::new(storage, pool, self.next_spare, bytes, self.entry_bytes)
+        })
     }
 
     pub fn install_spare(&mut self, done: SpareDone) {
@@ -368,6 +373,7 @@ impl<S: Storage> Log<S> {
         self.stats.records += records;
         self.stats.syncs += 1;
         self.stats.appended_bytes += disk_bytes;
+        self.entry_bytes = (self.entry_bytes * 7 + disk_bytes) / 8;
         Ok(Appended {
             index,
             bytes: finished.buf.freeze(),
@@ -525,7 +531,7 @@ impl<S: Storage> Log<S> {
         }
         let reserved = self.storage.create(name).and_then(|file| {
             if self.is_unwritten() {
-                fill_with_zeros(&file, &self.pool, bytes)?;
+                fill_with_zeros(&file, &self.pool, bytes, STEP_BYTES_MAX)?;
             } else {
                 file.preallocate(bytes)?;
             }

@@ -135,6 +135,7 @@ impl<S: Storage> Log<S> {
             applied: replay_from,
             vouched: durable,
             last_normal: durable,
+            entry_bytes: 0,
             stats: LogStats::default(),
             storage,
             options,

@@ -17,6 +17,7 @@ pub struct SpareJob<S: Storage> {
     pool: BufferPool,
     number: u64,
     bytes: u64,
+    step_bytes: u64,
 }
 
 /// What a [`SpareJob`] made; for `Log::install_spare`.
@@ -36,12 +37,21 @@ impl Spare {
 }
 
 impl<S: Storage> SpareJob<S> {
-    pub(crate) fn new(storage: S, pool: BufferPool, number: u64, bytes: u64) -> SpareJob<S> {
+    /// Entries of `entry_bytes` are written meanwhile: zeros go in pieces of that size, within bounds, so that a
+    /// sync waits for little more than what it takes by itself.
+    pub(crate) fn new(
+        storage: S,
+        pool: BufferPool,
+        number: u64,
+        bytes: u64,
+        entry_bytes: u64,
+    ) -> SpareJob<S> {
         SpareJob {
             storage,
             pool,
             number,
             bytes,
+            step_bytes: step_bytes(entry_bytes),
         }
     }
 
@@ -64,11 +74,16 @@ impl<S: Storage> SpareJob<S> {
 
     fn fill(&self, unfinished: &str) -> io::Result<()> {
         let file = self.storage.create(unfinished)?;
-        fill_with_zeros(&file, &self.pool, self.bytes)?;
+        fill_with_zeros(&file, &self.pool, self.bytes, self.step_bytes)?;
         file.sync_data()?;
         self.storage.rename(unfinished, &spare_name(self.number))?;
         self.storage.sync_dir()
     }
+}
+
+fn step_bytes(entry_bytes: u64) -> u64 {
+    let blocks = entry_bytes.next_multiple_of(BLOCK_BYTES as u64);
+    blocks.clamp(STEP_BYTES_MIN, STEP_BYTES_MAX)
 }
 
 /// Reserves so many bytes and writes zeros to all of them. A full disk is noticed before the first is written.
@@ -76,9 +91,10 @@ pub(crate) fn fill_with_zeros(
     file: &impl StorageFile,
     pool: &BufferPool,
     bytes: u64,
+    step_bytes: u64,
 ) -> io::Result<()> {
     file.preallocate(bytes)?;
-    let most = FILL_BYTES.min(usize::try_from(bytes).unwrap_or(FILL_BYTES));
+    let most = step_bytes.min(bytes) as usize;
     let mut zeros = pool.take(most);
     zeros.resize(most);
     let mut at = 0;
@@ -117,4 +133,22 @@ pub(crate) fn parse_spare_name(name: &str) -> Option<SpareName> {
     u64::from_str_radix(rest, 16).ok().map(SpareName::Ready)
 }
 
-const FILL_BYTES: usize = 1 << 20;
+/// How much is written at once.
+pub(crate) const STEP_BYTES_MAX: u64 = 1 << 20;
+const STEP_BYTES_MIN: u64 = 128 << 10;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_are_blocks_and_about_as_large_as_entries() {
+        let steps = [0, 4_096, 600_001, u64::from(u32::MAX)].map(step_bytes);
+        assert_eq!(steps, [128 << 10, 128 << 10, 602_112, 1 << 20]);
+        assert!(
+            steps
+                .iter()
+                .all(|step| step.is_multiple_of(BLOCK_BYTES as u64))
+        );
+    }
+}

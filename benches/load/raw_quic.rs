@@ -2,8 +2,9 @@
 //!
 //! A bidirectional stream begins with one byte that says what it is: a bulk stream is read to its end
 //! and answered with one byte, an echo stream gets back what it sends, a window stream names the size
-//! of its messages and is told, after each read, how many whole ones have come, a synced stream how many of them are
-//! durable ([`crate::raw_disk`]). The transport is the broker's and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
+//! of its messages and is told, after each read, how many whole ones have come, a synced stream how many of
+//! them are durable, and a read stream brings a file (both [`crate::raw_disk`]). The transport is the broker's
+//! and the client's own (windows, MTU, offload, acknowledgement frequency), the cipher AES-128-GCM.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -352,7 +353,7 @@ const ECHO: u8 = b'e';
 const WINDOW: u8 = b'w';
 const SYNCED: u8 = b's';
 const READ: u8 = b'r';
-/// What the serving side of a window says first.
+/// What the serving side of a window, or of a read stream, says first.
 pub const READY: [u8; 1] = [b'y'];
 const BULK_CHUNK_BYTES: usize = 256 << 10;
 /// The size of a round trip's message.

@@ -9,7 +9,8 @@ use crate::manifest::MANIFEST_BYTES_MIN;
 #[derive(Clone, Debug)]
 pub struct Options {
     /// Size of a segment file in bytes; default 256 MiB, at least 64 KiB. A larger entry gets a segment
-    /// of its own, and a log's first segment is 8 MiB at most. Replay after a crash reads at least one whole segment.
+    /// of its own, and a log's first segment is 8 MiB at most. Replay after a crash reads at least one whole
+    /// segment.
     pub segment_bytes: u64,
     /// Largest entry in bytes, header included; default 16 MiB, at least 4 KiB. A group of this size
     /// is held in memory.

@@ -336,16 +336,21 @@ fn the_first_segment_is_small_and_its_blocks_were_written_before() {
     assert!(calls[0] >= 8 + calls[32], "{calls:?}");
 }
 
-#[test]
-fn a_disk_that_is_full_while_the_first_segment_is_filled_leaves_the_log_as_it_was() {
+/// A fresh log whose next durable write fails: one of zeros.
+fn unable_to_fill(fault: Fault) -> (SimStorage, Log<SimStorage>) {
     let storage = SimStorage::new(1);
-    let (mut log, _) = open(&storage);
-    // The first durable write of the append is one of zeros.
+    let (log, _) = open(&storage);
     storage.plan(Failure {
         call: Some(Call::WriteDurable),
         skip: 0,
-        fault: Fault::NoSpace,
+        fault,
     });
+    (storage, log)
+}
+
+#[test]
+fn a_disk_that_is_full_while_the_first_segment_is_filled_leaves_the_log_as_it_was() {
+    let (storage, mut log) = unable_to_fill(Fault::NoSpace);
     let full = append(&mut log, 1, 10).map(drop);
     assert!(matches!(full, Err(LogError::DiskFull)), "{full:?}");
     assert!(files(&storage, "seg-").is_empty());
@@ -354,13 +359,7 @@ fn a_disk_that_is_full_while_the_first_segment_is_filled_leaves_the_log_as_it_wa
 
 #[test]
 fn a_first_segment_that_cannot_be_filled_stops_the_log_and_is_gone_at_the_next_start() {
-    let storage = SimStorage::new(1);
-    let (mut log, _) = open(&storage);
-    storage.plan(Failure {
-        call: Some(Call::WriteDurable),
-        skip: 0,
-        fault: Fault::Io,
-    });
+    let (storage, mut log) = unable_to_fill(Fault::Io);
     let failed = append(&mut log, 1, 10).map(drop);
     assert!(matches!(failed, Err(LogError::Disk { .. })), "{failed:?}");
     drop(log);

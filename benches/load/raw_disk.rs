@@ -84,10 +84,9 @@ impl Disk {
 
     fn make(dir: &Path) -> Result<Self> {
         let storage = FolderStorage::open(dir, Mapping::Off)?;
-        if storage.list()?.iter().any(|name| name == FILE) {
-            storage.remove(FILE)?;
-        }
         let file = storage.create(FILE)?;
+        // It stays good while it is open, and nothing is left behind.
+        storage.remove(FILE)?;
         let pool = BufferPool::new(POOL_BYTES);
         let mut block = pool.take(GROUP_BYTES_MAX);
         block.resize(GROUP_BYTES_MAX);

@@ -38,6 +38,9 @@ pub(crate) const RINGS_MAX: usize = 256;
 pub(crate) const QUANTUM: usize = 1_024;
 /// Most messages in one hand-out to one session.
 pub(crate) const HANDOUT_MAX: u64 = 1_024;
+/// Shelves of retries that are opened, after a start, whenever a subscription has its turn: 512 retries each at
+/// most, about 0.1 ms.
+pub(crate) const SHELVES_OPENED_MAX: usize = 8;
 /// Offsets that one hand-out looks at to find new messages among finished and delayed ones.
 pub(crate) const SCAN_MAX: u64 = 65_536;
 /// Most messages that one record expires or files.

@@ -273,13 +273,11 @@ fn delayed(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {
 }
 
 fn oldest_ready_ms(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {
-    let due = [sub.retries.due().first(), sub.retries.alone().first()];
-    let due = due.into_iter().flatten().map(|(due, _)| *due).min();
     let fresh = sub.again.next_present(0).unwrap_or(sub.cursor);
     let fresh = topic
         .index
         .published_by(fresh)
         .filter(|_| fresh < topic.next);
-    let oldest = due.into_iter().chain(fresh).min();
+    let oldest = sub.retries.first_due().into_iter().chain(fresh).min();
     oldest.map_or(0, |oldest| now.ms_since(oldest))
 }

@@ -194,12 +194,13 @@ impl Queue {
     }
 
     /// Which attempts are last ones, to be delivered alone, follows from the policy.
-    fn sort_last_attempts(&mut self, id: SubscriptionId) {
+    pub(crate) fn sort_last_attempts(&mut self, id: SubscriptionId) {
         let Some(sub) = self.subscriptions.get(&id) else {
             return;
         };
-        let lost = sub.retries.iter().filter(|(_, retry)| retry.lost);
-        let lost: Vec<_> = lost
+        let lost: Vec<_> = sub
+            .retries
+            .lost()
             .map(|(offset, retry)| (offset, self.max_attempts(sub, offset, retry)))
             .collect();
         let Some(sub) = self.subscriptions.get_mut(&id) else {

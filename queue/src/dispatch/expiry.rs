@@ -53,7 +53,7 @@ impl Queue {
             return;
         };
         self.work.hot.insert(id);
-        if let Some(due) = sub.retries.next_due(now) {
+        if let Some(due) = sub.retries.next_known_due(now) {
             self.work.timers.arm(Timer::Subscription(id), due);
         }
         let Some(topic) = self.topics.get(&sub.topic) else {

@@ -13,7 +13,7 @@ use millpond_protocol::{Delivery, Offset, SessionId, Stamp, SubscriptionId};
 use super::timers::{Timer, Timers};
 use crate::counters::Counters;
 use crate::effect::{Handout, Proposal};
-use crate::limits::{HANDOUT_MAX, SCAN_MAX};
+use crate::limits::{HANDOUT_MAX, SCAN_MAX, SHELVES_OPENED_MAX};
 use crate::planted::{self, Bug};
 use crate::policy::due_by;
 use crate::queue::Queue;
@@ -48,6 +48,8 @@ struct Server<'a> {
     /// Messages below it are too old for the topic's time to live, or for `max_age`.
     ttl_end: u64,
     age_end: u64,
+    /// Shelves that may still be opened.
+    shelves_left: usize,
     /// It stopped looking before it had seen all.
     more: bool,
 }
@@ -86,6 +88,7 @@ impl Queue {
             average_bytes: topic.average_bytes(),
             ttl_end: topic.ttl_floor.max(older(topic.config.ttl_ms)),
             age_end: older(sub.config.max_age_ms),
+            shelves_left: SHELVES_OPENED_MAX,
             more: false,
             sub,
             topic,
@@ -101,9 +104,11 @@ impl Queue {
         } else {
             server.stream(budget as u64)
         };
+        let closed = server.sub.retries.first_closed();
+        let has_due = closed.is_some_and(|due| due <= due_by(now));
         Served {
             handed: handed as usize,
-            more: server.more,
+            more: server.more || (server.shelves_left == 0 && has_due),
         }
     }
 }
@@ -218,6 +223,7 @@ impl Server<'_> {
         let most = free.min(room).min(HANDOUT_MAX);
         // More than everybody's most changes no share.
         let counted = most.saturating_mul(eligible).min(HANDOUT_MAX) as usize;
+        self.open_due(counted as u64);
         let due = self.sub.retries.due().range(until).take(counted).count() as u64;
         let new = self.topic.next.saturating_sub(self.sub.hand.cursor) + self.sub.again.len();
         let share = (due + new).div_ceil(eligible).max(1);
@@ -243,6 +249,31 @@ impl Server<'_> {
             self.sub.hand.served = id;
         }
         given
+    }
+
+    /// Opens shelves that a start left closed, until the first `wanted` retries that are due and open to be handed
+    /// out stand in their order, or until it is enough for one turn.
+    fn open_due(&mut self, wanted: u64) {
+        let until = due_by(self.now);
+        while let Some(first) = self.sub.retries.first_closed()
+            && first <= until
+        {
+            let open = self.due(wanted);
+            let is_behind = open.last().is_some_and(|(due, _)| *due < first);
+            if open.len() as u64 == wanted && is_behind {
+                break;
+            }
+            if self.shelves_left == 0 {
+                break;
+            }
+            self.shelves_left -= 1;
+            self.sub.retries.open_first();
+        }
+        if self.sub.retries.take_opened()
+            && let Some(due) = self.sub.retries.next_known_due(self.now)
+        {
+            self.timers.arm(Timer::Subscription(self.sub.id), due);
+        }
     }
 
     /// How many of `share` hand-outs are retries.

@@ -72,12 +72,13 @@ impl Pins {
         }
     }
 
-    /// Pins all of them at once; nothing may be pinned yet.
-    pub fn pin_first_records(&mut self, mut places: Vec<Place>) {
+    /// Pins all of them at once, each so many times; nothing may be pinned yet.
+    pub fn pin_first_records(&mut self, mut places: Vec<(Place, u32)>) {
         debug_assert!(self.records.is_empty());
         places.sort_unstable();
-        let alike = places.chunk_by(|one, next| one == next);
-        self.records = alike.map(|run| (run[0], run.len() as u32)).collect();
+        let alike = places.chunk_by(|(one, _), (next, _)| one == next);
+        let pinned = |run: &[(Place, u32)]| (run[0].0, run.iter().map(|(_, count)| count).sum());
+        self.records = alike.map(pinned).collect();
     }
 
     pub fn unpin_record(&mut self, place: Option<Place>) {

@@ -1,20 +1,19 @@
 //! What a queue subscription remembers of messages that were handed out and came back.
 //!
-//! Exact and durable: counters, absolute due time, history. Invariants: an entry waits if and only if
-//! it has a due time, and then it is in exactly one of `due` and `alone`; an entry without one is
-//! leased. `bytes` is the cost of all entries. Entries stand on shelves of as many offsets as a chunk of the
-//! snapshot has, so that a start builds a shelf from a chunk at once; no shelf is empty.
+//! Exact and durable: counters, absolute due time, history. Invariant: an entry waits if and only if
+//! it has a due time; an entry without one is leased.
 
-use std::collections::{BTreeMap, BTreeSet};
+mod shelves;
+
 use std::sync::Arc;
 
 use millpond_protocol::limits::HISTORY_MAX;
 use millpond_protocol::{LogIndex, SessionId, Stamp};
 use serde::{Deserialize, Serialize};
 
+pub use self::shelves::{Glance, Retries, Told};
 use crate::effect::Place;
 use crate::record::{FailureKind, HistoryItem};
-use crate::state::dirty::ENTRIES_SHIFT;
 use crate::state::topic::Extra;
 
 /// One allocation for a message that failed once, and for its second lease. What may be absent stands apart from
@@ -208,12 +207,23 @@ impl Retry {
     }
 
     fn bytes(&self) -> u64 {
-        let rest = self.rest.as_ref().map_or(0, |rest| {
-            let failures = rest.failures.len() * size_of::<Failure>();
-            let earlier = rest.earlier.len() * size_of::<(u32, SessionId)>();
-            size_of::<Rest>() + REST_MORE_BYTES + failures + earlier
-        });
-        (size_of::<Self>() + MORE_BYTES + rest) as u64
+        let has_more = self
+            .rest
+            .as_ref()
+            .is_some_and(|rest| rest.redrives > 0 || rest.own.is_some());
+        Self::bytes_with(has_more, self.earlier().count(), self.history().count())
+    }
+
+    /// What an entry takes that remembers so many earlier leases and failures, and may have more than they.
+    pub fn bytes_with(has_more: bool, earlier: usize, failures: usize) -> u64 {
+        // The last of each stands in the entry.
+        let (earlier, failures) = (earlier.saturating_sub(1), failures.saturating_sub(1));
+        let mut bytes = size_of::<Self>() + MORE_BYTES;
+        if has_more || earlier > 0 || failures > 0 {
+            let lists = earlier * size_of::<(u32, SessionId)>() + failures * size_of::<Failure>();
+            bytes += size_of::<Rest>() + REST_MORE_BYTES + lists;
+        }
+        bytes as u64
     }
 
     /// The lease before the last one.
@@ -252,230 +262,6 @@ fn push_last<T>(list: &mut Vec<T>, item: T, most: usize) {
         list.reserve_exact(1);
     }
     list.push(item);
-}
-
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Retries {
-    /// By shelf, then by offset. An entry stands by itself, so that a tree moves no more than where it is.
-    shelves: BTreeMap<u64, BTreeMap<u64, Box<Retry>>>,
-    due: BTreeSet<(Stamp, u64)>,
-    alone: BTreeSet<(Stamp, u64)>,
-    bytes: u64,
-}
-
-/// The retries of one chunk of a snapshot.
-#[derive(Debug, Default)]
-pub struct Shelf {
-    entries: BTreeMap<u64, Box<Retry>>,
-    bytes: u64,
-    due: Vec<(Stamp, u64)>,
-    alone: Vec<(Stamp, u64)>,
-    /// The records that tell their stories.
-    pub places: Vec<Place>,
-}
-
-impl Shelf {
-    /// `None` unless they are all of one shelf, by rising offsets.
-    pub fn of(
-        entries: Vec<(u64, Box<Retry>)>,
-        is_alone: impl Fn(u64, &Retry) -> bool,
-    ) -> Option<Self> {
-        let first = entries.first().map_or(0, |(offset, _)| *offset);
-        let rising = entries.windows(2).all(|pair| pair[0].0 < pair[1].0);
-        if !rising
-            || entries
-                .iter()
-                .any(|(at, _)| shelf_of(*at) != shelf_of(first))
-        {
-            return None;
-        }
-        let mut shelf = Self::default();
-        for (offset, retry) in &entries {
-            shelf.bytes += retry.bytes();
-            shelf.places.extend(retry.place());
-            match retry.due() {
-                Some(due) if is_alone(*offset, retry) => shelf.alone.push((due, *offset)),
-                Some(due) => shelf.due.push((due, *offset)),
-                None => {}
-            }
-        }
-        // From what is sorted the tree is built leaf by leaf, and full.
-        shelf.entries = entries.into_iter().collect();
-        Some(shelf)
-    }
-}
-
-impl Retries {
-    pub fn get(&self, offset: u64) -> Option<&Retry> {
-        Some(self.shelves.get(&shelf_of(offset))?.get(&offset)?)
-    }
-
-    pub fn contains(&self, offset: u64) -> bool {
-        self.get(offset).is_some()
-    }
-
-    /// The first entry within `first..end`.
-    pub fn next_in(&self, first: u64, end: u64) -> Option<u64> {
-        self.range(first, end).next().map(|(at, _)| at)
-    }
-
-    /// Puts an entry there; the one before must have been taken out.
-    pub fn put(&mut self, offset: u64, retry: Box<Retry>, max_attempts: u32) {
-        self.bytes += retry.bytes();
-        if let Some(due) = retry.due() {
-            if retry.is_alone(max_attempts) {
-                self.alone.insert((due, offset));
-            } else {
-                self.due.insert((due, offset));
-            }
-        }
-        let shelf = self.shelves.entry(shelf_of(offset)).or_default();
-        let before = shelf.insert(offset, retry);
-        debug_assert!(before.is_none(), "entries are taken out before they change");
-    }
-
-    /// Puts all shelves there at once, where there were none; false if two are the same.
-    pub fn put_shelves(&mut self, shelves: Vec<Shelf>) -> bool {
-        let (mut due, mut alone) = (Vec::new(), Vec::new());
-        for mut shelf in shelves {
-            due.append(&mut shelf.due);
-            alone.append(&mut shelf.alone);
-            self.bytes += shelf.bytes;
-            let Some((first, _)) = shelf.entries.first_key_value() else {
-                continue;
-            };
-            if self
-                .shelves
-                .insert(shelf_of(*first), shelf.entries)
-                .is_some()
-            {
-                return false;
-            }
-        }
-        self.due = due.into_iter().collect();
-        self.alone = alone.into_iter().collect();
-        true
-    }
-
-    pub fn take(&mut self, offset: u64) -> Option<Box<Retry>> {
-        let shelf = self.shelves.get_mut(&shelf_of(offset))?;
-        let retry = shelf.remove(&offset)?;
-        if shelf.is_empty() {
-            self.shelves.remove(&shelf_of(offset));
-        }
-        self.bytes -= retry.bytes();
-        if let Some(due) = retry.due() {
-            self.wait_no_more(due, offset);
-        }
-        Some(retry)
-    }
-
-    /// Leases an entry that waits, where it stands, if it `may` be; whether it was. `None`: there is no entry.
-    pub fn lease(
-        &mut self,
-        offset: u64,
-        session: SessionId,
-        delivery: u32,
-        may: impl FnOnce(&Retry) -> bool,
-    ) -> Option<bool> {
-        let shelf = self.shelves.get_mut(&shelf_of(offset))?;
-        let retry = shelf.get_mut(&offset)?;
-        if !may(retry) {
-            return Some(false);
-        }
-        let before = (retry.bytes(), retry.due());
-        retry.lease(session, delivery);
-        self.bytes = self.bytes - before.0 + retry.bytes();
-        if let Some(due) = before.1 {
-            self.wait_no_more(due, offset);
-        }
-        Some(true)
-    }
-
-    fn wait_no_more(&mut self, due: Stamp, offset: u64) {
-        if !self.due.remove(&(due, offset)) {
-            self.alone.remove(&(due, offset));
-        }
-    }
-
-    pub fn clear(&mut self) {
-        *self = Self::default();
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (u64, &Retry)> {
-        let all = self.shelves.values().flatten();
-        all.map(|(offset, retry)| (*offset, &**retry))
-    }
-
-    /// Entries of `first..end`.
-    pub fn range(&self, first: u64, end: u64) -> impl Iterator<Item = (u64, &Retry)> {
-        self.shelves
-            .range(shelf_of(first)..=shelf_of(end))
-            .flat_map(move |(_, shelf)| shelf.range(first..end))
-            .map(|(offset, retry)| (*offset, &**retry))
-    }
-
-    /// Waiting entries that may go to any session, by (due, offset).
-    pub fn due(&self) -> &BTreeSet<(Stamp, u64)> {
-        &self.due
-    }
-
-    /// Waiting entries that go to a session that holds nothing else.
-    pub fn alone(&self) -> &BTreeSet<(Stamp, u64)> {
-        &self.alone
-    }
-
-    /// Entries that wait.
-    pub fn waiting(&self) -> u64 {
-        (self.due.len() + self.alone.len()) as u64
-    }
-
-    /// Entries that are due.
-    pub fn ready(&self, now: Stamp) -> u64 {
-        let until = ..=(now, u64::MAX);
-        (self.due.range(until).count() + self.alone.range(until).count()) as u64
-    }
-
-    /// The earliest due time after `now`.
-    pub fn next_due(&self, now: Stamp) -> Option<Stamp> {
-        let from = (now.next(), 0)..;
-        let due = self.due.range(from.clone()).next();
-        let alone = self.alone.range(from).next();
-        due.into_iter().chain(alone).map(|(due, _)| *due).min()
-    }
-
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    pub fn check_invariants(&self) {
-        let mut waiting = 0;
-        for (shelf, entries) in &self.shelves {
-            let all_here = entries.keys().all(|at| shelf_of(*at) == *shelf);
-            assert!(all_here && !entries.is_empty(), "shelves hold their own");
-        }
-        for (offset, retry) in self.iter() {
-            if let Some(due) = retry.due() {
-                let at = (due, offset);
-                assert!(
-                    self.due.contains(&at) != self.alone.contains(&at),
-                    "a waiting entry stands in one order"
-                );
-                waiting += 1;
-            }
-        }
-        assert_eq!(
-            waiting,
-            self.waiting(),
-            "only waiting entries stand in an order"
-        );
-        let bytes: u64 = self.iter().map(|(_, retry)| retry.bytes()).sum();
-        assert_eq!(bytes, self.bytes, "retry state is counted");
-    }
-}
-
-fn shelf_of(offset: u64) -> u64 {
-    offset >> ENTRIES_SHIFT
 }
 
 /// A message's failures with the one that happens now as the last: what a record tells of it.

@@ -4,7 +4,7 @@
 //! from other chunks (pins, indexes by name, counts) and what is volatile is not written.
 
 mod read;
-mod retries;
+pub(in crate::state) mod retries;
 
 use std::collections::BTreeSet;
 
@@ -159,8 +159,9 @@ struct LeaseChunk {
     delivery: u32,
 }
 
+/// `E` and `H` are lists of [`EarlierChunk`] and [`FailureChunk`].
 #[derive(Serialize, Deserialize)]
-struct RetryChunk<'a> {
+struct RetryChunk<E, H> {
     offset: u64,
     failures: u32,
     deliveries: u32,
@@ -175,10 +176,15 @@ struct RetryChunk<'a> {
     first_attempt_at: Option<Stamp>,
     place: Option<Place>,
     own: Option<OwnChunk>,
-    earlier: Vec<(u32, SessionId)>,
-    #[serde(borrow)]
-    history: Vec<(Stamp, u64, &'a str, FailureKind, u32)>,
+    earlier: E,
+    history: H,
 }
+
+/// Delivery number and session of a lease.
+type EarlierChunk = (u32, SessionId);
+
+/// When, after how long, whose, of which kind and with which code.
+type FailureChunk<'a> = (Stamp, u64, &'a str, FailureKind, u32);
 
 #[derive(Serialize, Deserialize)]
 struct SessionChunk {
@@ -214,7 +220,7 @@ impl Queue {
             match self.chunk(id) {
                 Some(bytes) => {
                     known_now.insert(id);
-                    delta.dirty.push((id, Bytes::from(bytes)));
+                    delta.dirty.push((id, bytes));
                 }
                 None => {
                     if known_now.remove(&id) {
@@ -231,8 +237,7 @@ impl Queue {
     #[must_use]
     pub fn chunks(&self) -> Vec<(u64, Bytes)> {
         let ids = self.all_chunks().into_iter();
-        ids.filter_map(|id| Some((id, Bytes::from(self.chunk(id)?))))
-            .collect()
+        ids.filter_map(|id| Some((id, self.chunk(id)?))).collect()
     }
 
     fn all_chunks(&self) -> BTreeSet<u64> {
@@ -261,14 +266,21 @@ impl Queue {
             let sets = [&sub.done, &sub.again, &sub.reopened, &sub.parked];
             let keys = sets.iter().flat_map(|set| set.chunk_keys());
             all.extend(keys.map(|key| dirty::sets(*id, key << SETS_SHIFT)));
-            all.extend(sub.retries.iter().map(|(at, _)| dirty::retries(*id, at)));
+            all.extend(sub.retries.shelves().map(|at| dirty::retries(*id, at)));
         }
         all.extend(self.producers.iter().map(|(key, _)| dirty::producer(key)));
         all
     }
 
     /// A chunk's bytes; none if nothing is in it.
-    fn chunk(&self, id: u64) -> Option<Vec<u8>> {
+    fn chunk(&self, id: u64) -> Option<Bytes> {
+        if dirty::is_retries(id) {
+            return self.retries_chunk(id);
+        }
+        self.made_chunk(id).map(Bytes::from)
+    }
+
+    fn made_chunk(&self, id: u64) -> Option<Vec<u8>> {
         let (class, entity, part) = (id >> 60, (id >> 32 & 0x0fff_ffff) as u32, id & 0xffff_ffff);
         let (topic, sub) = (TopicId(entity), SubscriptionId(entity));
         match (class, id) {
@@ -282,7 +294,6 @@ impl Queue {
             (5, _) => self.subscription_chunk(sub),
             (6, _) => self.sets_chunk(sub, part),
             (7, _) => self.leases_chunk(sub),
-            (8, _) => self.retries_chunk(sub, part),
             (9, _) => self.sessions_chunk(sub),
             (11, _) => self.gone_chunk(topic, part),
             _ => self.producer_chunk(ProducerKey(id & ((1 << 60) - 1))),
@@ -452,11 +463,14 @@ impl Queue {
         filled(runs.is_empty(), &runs)
     }
 
-    fn retries_chunk(&self, id: SubscriptionId, part: u64) -> Option<Vec<u8>> {
-        let sub = self.subscriptions.get(&id)?;
-        let first = sub.retries.iter().next().map_or(0, |(at, _)| at);
-        let (first, end) = span(part, ENTRIES_SHIFT, first);
-        list(sub.retries.range(first, end).map(|(offset, retry)| {
+    fn retries_chunk(&self, id: u64) -> Option<Bytes> {
+        let sub = SubscriptionId(dirty::entity(id));
+        let retries = &self.subscriptions.get(&sub)?.retries;
+        let (first, end) = span(id & 0xffff_ffff, ENTRIES_SHIFT, retries.shelves().next()?);
+        if let Some(told) = retries.chunk(first) {
+            return Some(told);
+        }
+        let made = list(retries.range(first, end).map(|(offset, retry)| {
             let own = retry
                 .own()
                 .map(|own| (own.max_attempts, own.backoff_initial_ms));
@@ -476,12 +490,13 @@ impl Queue {
                 first_attempt_at: retry.first_attempt_at(),
                 place: retry.place(),
                 own,
-                earlier: retry.earlier().collect(),
-                history: history
-                    .map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code))
-                    .collect(),
+                earlier: Vec::<EarlierChunk>::from_iter(retry.earlier()),
+                history: Vec::<FailureChunk<'_>>::from_iter(
+                    history.map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code)),
+                ),
             }
-        }))
+        }));
+        made.map(Bytes::from)
     }
 
     fn sessions_chunk(&self, id: SubscriptionId) -> Option<Vec<u8>> {

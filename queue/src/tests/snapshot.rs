@@ -4,6 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::RestoreError;
+use crate::state::dirty::ENTRIES_SHIFT;
+use crate::state::redelivery::Retry;
 
 // DESIGN 4
 #[test]
@@ -229,8 +231,7 @@ fn many_retries_come_back_as_they_were() {
     restored.check_invariants();
     assert_eq!(restored.chunks(), chunks);
     for sub in subs {
-        let waits = |queue: &Queue| queue.subscriptions[&sub].retries.clone();
-        assert_eq!(waits(&restored), waits(&rig.queue));
+        assert_eq!(retries_of(&restored, sub), retries_of(&rig.queue, sub));
     }
     rig.log.clear();
     rig.queue = Queue::new(Options::default());
@@ -295,7 +296,206 @@ fn the_bytes_of_retries_stay_what_they_are() {
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(hex, include_str!("snapshot/retries.txt").trim_end());
     let restored = Queue::restore(Options::default(), chunks.clone().into_iter()).unwrap();
-    let retries = |queue: &Queue| queue.subscriptions[&sub].retries.clone();
-    assert_eq!(retries(&restored), retries(&rig.queue));
+    assert_eq!(retries_of(&restored, sub), retries_of(&rig.queue, sub));
     assert_eq!(BTreeMap::from_iter(restored.chunks()), chunks);
+}
+
+const SHELF: u64 = 1 << ENTRIES_SHIFT;
+const STEP: u64 = 8;
+
+/// Of so many messages every eighth waits for a retry; the queue that a start makes of it.
+fn waits_and_starts(
+    rig: &mut Rig,
+    count: u64,
+    delay_ms: impl Fn(u64) -> u64,
+) -> (SubscriptionId, Queue) {
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, count);
+    rig.consumer(sub, 1, count);
+    rig.run();
+    for offset in (0..count).step_by(STEP as usize) {
+        rig.settle(sub, 1, offset, 1, later(delay_ms(offset)));
+        rig.acks(sub, 1, &[(offset + 1, 1, STEP as u32 - 1)]);
+    }
+    let chunks = rig.queue.chunks();
+    let started = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
+    (sub, started)
+}
+
+fn is_closed(queue: &Queue, sub: SubscriptionId, shelf: u64) -> bool {
+    queue.subscriptions[&sub]
+        .retries
+        .chunk(shelf * SHELF)
+        .is_some()
+}
+
+#[test]
+fn a_start_opens_a_shelf_when_an_entry_of_it_changes() {
+    let mut rig = Rig::new();
+    let (sub, started) = waits_and_starts(&mut rig, 3 * SHELF, |_| 60_000);
+    let unopened = started.chunks();
+    assert!((0..3).all(|shelf| is_closed(&started, sub, shelf)));
+    let before = std::mem::replace(&mut rig.queue, started);
+    // Late, and accepted, since the message waits for its next attempt.
+    rig.ack(sub, 1, SHELF, 1);
+    assert_eq!(
+        [0, 1, 2].map(|shelf| is_closed(&rig.queue, sub, shelf)),
+        [true, false, true]
+    );
+    rig.queue.check_invariants();
+    assert_eq!(
+        retries_of(&rig.queue, sub).len() as u64,
+        3 * SHELF / STEP - 1
+    );
+    assert_eq!(before.chunks(), unopened);
+}
+
+#[test]
+fn a_start_tells_of_retries_what_was_told_before() {
+    let mut rig = Rig::new();
+    // One shelf is due in a second, one over some minutes, one in an hour.
+    let delays = |offset: u64| match offset / SHELF {
+        0 => 1_000,
+        1 => 1_000 * (offset - SHELF + 1),
+        _ => 3_600_000,
+    };
+    let (sub, started) = waits_and_starts(&mut rig, 3 * SHELF, delays);
+    for ms in [
+        0, 500, 1_000, 1_500, 100_000, 512_000, 1_000_000, 3_599_000, 4_000_000,
+    ] {
+        let now = rig.now.plus_ms(ms);
+        let view = |queue: &Queue| queue.subscription_view(sub, now);
+        assert_eq!(view(&started), view(&rig.queue), "after {ms} ms");
+        started.check_invariants();
+    }
+    assert!((0..3).all(|shelf| is_closed(&started, sub, shelf)));
+}
+
+#[test]
+fn what_waited_at_a_start_comes_when_it_is_due_and_in_its_order() {
+    let mut rig = Rig::new();
+    let count = 4 * SHELF;
+    // Every shelf has something for every second.
+    let delay = |offset: u64| 1_000 * (1 + offset * 7 % 20);
+    let (sub, started) = waits_and_starts(&mut rig, count, delay);
+    rig.queue = started;
+    rig.apply(&Record::Start { recovery_epoch: 2 });
+    rig.consumer(sub, 2, count);
+    let mut got = 0;
+    for second in 1..=20 {
+        rig.wait(1_000);
+        let all = (0..count).step_by(STEP as usize);
+        let mut due: Vec<_> = all.filter(|at| delay(*at) == 1_000 * second).collect();
+        let mut came: Vec<_> = rig.run().into_iter().map(|got| got.offset).collect();
+        due.sort_unstable();
+        came.sort_unstable();
+        assert_eq!(came, due, "in second {second}");
+        got += came.len() as u64;
+    }
+    assert_eq!(got, count / STEP);
+    rig.queue.check_invariants();
+}
+
+#[test]
+fn what_is_overdue_at_a_start_is_opened_by_and_by() {
+    const SHELVES: u64 = 24;
+    // One shelf after the other, and all among one another.
+    let orders: [fn(u64) -> u64; 2] =
+        [|offset| 1 + offset / SHELF, |offset| 1 + offset * 7 % 1_000];
+    for (nth, delay_ms) in orders.into_iter().enumerate() {
+        let mut rig = Rig::new();
+        let count = SHELVES * SHELF;
+        let (sub, started) = waits_and_starts(&mut rig, count, delay_ms);
+        rig.queue = started;
+        rig.apply(&Record::Start { recovery_epoch: 2 });
+        rig.wait(60_000);
+        let closed = |rig: &Rig| {
+            (0..SHELVES)
+                .filter(|at| is_closed(&rig.queue, sub, *at))
+                .count()
+        };
+        assert_eq!(closed(&rig) as u64, SHELVES);
+        rig.consumer(sub, 2, 20);
+        assert_eq!(rig.run().len(), 20);
+        assert!(
+            nth == 1 || closed(&rig) as u64 == SHELVES - 1,
+            "no more than are needed"
+        );
+        rig.consumer(sub, 3, 20);
+        rig.grant(2, count);
+        rig.grant(3, count);
+        assert_eq!(rig.run().len() as u64, count / STEP - 20);
+        assert_eq!(closed(&rig), 0);
+        rig.queue.check_invariants();
+    }
+}
+
+// Found by the simulator (I11, seeds 7010941 and 7024095): the shelf was opened by an acknowledgement, and no timer
+// knew what else was on it.
+#[test]
+fn what_stands_beside_a_message_that_is_acknowledged_after_a_start_comes_too() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 3);
+    rig.consumer(sub, 1, 3);
+    rig.run();
+    for (offset, delay_ms) in [(0, 1_000), (2, 60_000)] {
+        rig.settle(sub, 1, offset, 1, later(delay_ms));
+    }
+    let chunks = rig.queue.chunks();
+    rig.queue = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
+    rig.apply(&Record::Start { recovery_epoch: 2 });
+    rig.wait(2_000);
+    assert!(rig.run().is_empty());
+    let due = rig.view(sub).next_due.unwrap();
+    rig.ack(sub, 1, 1, 1);
+    rig.consumer(sub, 2, 10);
+    assert_eq!(rig.offsets(), [0]);
+    rig.ack(sub, 2, 0, 2);
+    let due = due.ms_since(rig.now);
+    let came = rig.run_for(due + 1_000);
+    let came: Vec<_> = came.iter().map(|(ms, got)| (*ms, got.offset)).collect();
+    assert_eq!(came, [(due, 2)]);
+}
+
+#[test]
+fn what_is_too_old_hides_nothing_that_waited_at_a_start() {
+    let mut rig = Rig::new();
+    let config = TopicConfig {
+        ttl_ms: Some(10_000),
+        ..TopicConfig::default()
+    };
+    let topic = rig.topic_with("t", config);
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, SHELF);
+    rig.wait(8_000);
+    rig.publish(topic, SHELF);
+    rig.consumer(sub, 1, 2 * SHELF);
+    rig.run();
+    for offset in (0..2 * SHELF).step_by(STEP as usize) {
+        rig.settle(sub, 1, offset, 1, later(1 + offset));
+        rig.acks(sub, 1, &[(offset + 1, 1, STEP as u32 - 1)]);
+    }
+    let chunks = rig.queue.chunks();
+    rig.queue = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
+    rig.apply(&Record::Start { recovery_epoch: 2 });
+    rig.wait(5_000);
+    rig.consumer(sub, 2, 10);
+    let first = SHELF..SHELF + 10 * STEP;
+    assert_eq!(rig.offsets(), Vec::from_iter(first.step_by(STEP as usize)));
+}
+
+fn later(delay_ms: u64) -> Verdict {
+    Verdict::Nack {
+        delay_ms: Some(delay_ms),
+        code: 1,
+        reason: String::new(),
+    }
+}
+
+fn retries_of(queue: &Queue, sub: SubscriptionId) -> Vec<(u64, Retry)> {
+    let all = queue.subscriptions[&sub].retries.iter();
+    all.map(|(offset, retry)| (offset, retry.clone())).collect()
 }

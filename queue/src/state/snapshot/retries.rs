@@ -1,102 +1,152 @@
 //! Reading retries back: most of a large state, so by several threads where there are many.
 //!
-//! Each chunk becomes a shelf by itself, from its bytes and from what was read before; in which order they are
+//! Every chunk is looked at, all of it, and left as it is (`state/redelivery/shelves.rs`). In which order they are
 //! read changes nothing. Bytes from disk: every chunk may be wrong, none may panic.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread;
 
 use bytes::Bytes;
 use millpond_protocol::SubscriptionId;
+use serde::de::{Deserialize, Deserializer, SeqAccess, Visitor};
 
-use super::RetryChunk;
 use super::read::{ORPHAN, Result, own};
+use super::{EarlierChunk, FailureChunk, RetryChunk};
 use crate::effect::RestoreError;
 use crate::queue::Queue;
-use crate::state::dirty::{self, ENTRIES_SHIFT};
-use crate::state::redelivery::{Failure, Retry, Shelf};
+use crate::state::dirty;
+use crate::state::redelivery::{Failure, Glance, Retry, Told};
 
 impl Queue {
     /// Reads the retries of all subscriptions, and pins what they need.
     pub(super) fn read_retries(&mut self, chunks: &BTreeMap<u64, Bytes>) -> Result<()> {
         let chunks = chunks.iter().filter(|(id, _)| dirty::is_retries(**id));
-        let chunks: Vec<_> = chunks.map(|(id, bytes)| (*id, &**bytes)).collect();
-        let mut shelves: BTreeMap<SubscriptionId, Vec<Shelf>> = BTreeMap::new();
+        let chunks: Vec<_> = chunks.map(|(id, bytes)| (*id, bytes)).collect();
         let mut places = Vec::new();
-        for (id, mut shelf) in self.shelves(&chunks)? {
-            places.append(&mut shelf.places);
-            shelves.entry(id).or_default().push(shelf);
-        }
-        self.pins.pin_first_records(places);
-        for (id, shelves) in shelves {
+        let mut suspected = BTreeSet::new();
+        for ((chunk, bytes), mut told) in chunks.iter().zip(told(&chunks)?) {
+            let id = SubscriptionId(dirty::entity(*chunk));
             let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
-            if !sub.retries.put_shelves(shelves) {
+            places.append(&mut told.places);
+            if told.has_suspects {
+                suspected.insert(id);
+            }
+            if !sub.retries.put_shelf(&told, Bytes::clone(bytes)) {
                 return Err(DISORDER);
             }
         }
+        self.pins.pin_first_records(places);
+        for id in suspected {
+            self.sort_last_attempts(id);
+        }
         Ok(())
     }
-
-    /// A shelf of each chunk, in their order.
-    fn shelves(&self, chunks: &[(u64, &[u8])]) -> Result<Vec<(SubscriptionId, Shelf)>> {
-        let read = |part: &[(u64, &[u8])]| -> Result<Vec<_>> {
-            part.iter()
-                .map(|(id, bytes)| self.shelf(*id, bytes))
-                .collect()
-        };
-        if chunks.len() < SHARED_CHUNKS_MIN {
-            return read(chunks);
-        }
-        let parts = chunks.chunks(chunks.len().div_ceil(READERS));
-        let read: Vec<Result<Vec<_>>> = thread::scope(|scope| {
-            let start = |part| thread::Builder::new().spawn_scoped(scope, move || read(part));
-            let started: Vec<_> = parts.map(|part| (part, start(part))).collect();
-            let finish = |(part, thread): (_, std::io::Result<thread::ScopedJoinHandle<'_, _>>)| {
-                match thread.map(thread::ScopedJoinHandle::join) {
-                    Ok(Ok(read)) => read,
-                    Ok(Err(panic)) => std::panic::resume_unwind(panic),
-                    // No more threads are to be had.
-                    Err(_) => read(part),
-                }
-            };
-            started.into_iter().map(finish).collect()
-        });
-        let mut all = Vec::with_capacity(chunks.len());
-        for part in read {
-            all.append(&mut part?);
-        }
-        Ok(all)
-    }
-
-    fn shelf(&self, chunk: u64, bytes: &[u8]) -> Result<(SubscriptionId, Shelf)> {
-        let id = SubscriptionId(dirty::entity(chunk));
-        let sub = self.subscriptions.get(&id).ok_or(ORPHAN)?;
-        let entries = entries(bytes).ok_or(RestoreError::Chunk { chunk })?;
-        let is_alone = |offset, retry: &Retry| {
-            // Few have to be told which attempt is their last.
-            retry.suspect || (retry.lost && retry.is_alone(self.max_attempts(sub, offset, retry)))
-        };
-        let shelf = Shelf::of(entries, is_alone).ok_or(DISORDER)?;
-        Ok((id, shelf))
-    }
 }
 
-/// The entries of a chunk; `None` if it is none. They are taken out one by one, without a list of them as they
-/// stand there.
-fn entries(bytes: &[u8]) -> Option<Vec<(u64, Box<Retry>)>> {
-    let (count, mut rest): (u64, _) = postcard::take_from_bytes(bytes).ok()?;
+/// What each chunk tells, in their order.
+fn told(chunks: &[(u64, &Bytes)]) -> Result<Vec<Told>> {
+    let read = |part: &[(u64, &Bytes)]| -> Result<Vec<_>> {
+        let told = |&(chunk, bytes): &(u64, &Bytes)| {
+            Told::of(glances_of(bytes)).ok_or(RestoreError::Chunk { chunk })
+        };
+        part.iter().map(told).collect()
+    };
+    if chunks.len() < SHARED_CHUNKS_MIN {
+        return read(chunks);
+    }
+    let parts = chunks.chunks(chunks.len().div_ceil(READERS));
+    let read: Vec<Result<Vec<_>>> = thread::scope(|scope| {
+        let start = |part| thread::Builder::new().spawn_scoped(scope, move || read(part));
+        let started: Vec<_> = parts.map(|part| (part, start(part))).collect();
+        let finish = |(part, thread): (_, std::io::Result<thread::ScopedJoinHandle<'_, _>>)| {
+            match thread.map(thread::ScopedJoinHandle::join) {
+                Ok(Ok(read)) => read,
+                Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                // No more threads are to be had.
+                Err(_) => read(part),
+            }
+        };
+        started.into_iter().map(finish).collect()
+    });
+    let mut all = Vec::with_capacity(chunks.len());
+    for part in read {
+        all.append(&mut part?);
+    }
+    Ok(all)
+}
+
+/// The entries of a chunk, one by one; `None` where it is none, and then nothing more.
+pub(in crate::state) fn entries_of(chunk: &[u8]) -> impl Iterator<Item = Option<(u64, Retry)>> {
     let mut names = BTreeMap::new();
-    let mut entries = Vec::with_capacity(count.min(1 << ENTRIES_SHIFT) as usize);
-    for _ in 0..count {
-        let (read, left): (RetryChunk<'_>, _) = postcard::take_from_bytes(rest).ok()?;
-        entries.push((read.offset, Box::new(retry(read, &mut names))));
-        rest = left;
-    }
-    rest.is_empty().then_some(entries)
+    items(chunk).map(move |read| read.map(|read| (read.offset, retry(read, &mut names))))
 }
 
-fn retry<'a>(read: RetryChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
+/// What there is to know of the same entries without making them: the same bytes are good for both.
+pub(in crate::state) fn glances_of(chunk: &[u8]) -> impl Iterator<Item = Option<(u64, Glance)>> {
+    let glance = |read: RetryChunk<Passed<EarlierChunk>, Passed<FailureChunk<'_>>>| {
+        let has_more = read.redrives > 0 || read.own.is_some();
+        let glance = Glance {
+            due: read.due,
+            place: read.place,
+            is_suspect: read.suspect || read.lost,
+            bytes: Retry::bytes_with(has_more, read.earlier.count, read.history.count),
+        };
+        (read.offset, glance)
+    };
+    items(chunk).map(move |read| read.map(glance))
+}
+
+fn items<'a, E, H>(chunk: &'a [u8]) -> impl Iterator<Item = Option<RetryChunk<E, H>>>
+where
+    E: Deserialize<'a>,
+    H: Deserialize<'a>,
+{
+    let mut rest = postcard::take_from_bytes::<u64>(chunk).ok();
+    std::iter::from_fn(move || match rest.take()? {
+        (0, []) => None,
+        (0, _) => Some(None),
+        (left, bytes) => {
+            let read = postcard::take_from_bytes(bytes).ok();
+            rest = read.as_ref().map(|(_, behind)| (left - 1, *behind));
+            Some(read.map(|(read, _)| read))
+        }
+    })
+}
+
+/// A list that is read to its end, and only counted.
+struct Passed<T> {
+    count: usize,
+    items: PhantomData<T>,
+}
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Passed<T> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        let items = PhantomData;
+        from.deserialize_seq(Passed { count: 0, items })
+    }
+}
+
+impl<'de, T: Deserialize<'de>> Visitor<'de> for Passed<T> {
+    type Value = Self;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> std::result::Result<Self, A::Error> {
+        while list.next_element::<T>()?.is_some() {
+            self.count += 1;
+        }
+        Ok(self)
+    }
+}
+
+type WholeChunk<'a> = RetryChunk<Vec<EarlierChunk>, Vec<FailureChunk<'a>>>;
+
+fn retry<'a>(read: WholeChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
     let mut name = |name: &'a str| names.entry(name).or_insert_with(|| name.into()).clone();
     let failure = |(at, duration_ms, consumer, kind, code)| Failure {
         at,

@@ -241,7 +241,7 @@ impl<S: Storage> Log<S> {
     }
 
     pub fn install_spare(&mut self, done: SpareDone) {
-        self.next_spare = self.next_spare.max(done.0.number + 1);
+        self.next_spare = self.next_spare.max(done.0.number.saturating_add(1));
         self.spares.push_back(done.0);
     }
 

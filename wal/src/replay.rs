@@ -6,7 +6,7 @@
 use crate::directory::{Row, Spot};
 use crate::entry::{EntryKind, LogIndex, Place};
 use crate::error::{IndexRange, LogError, OpenError, ReadError};
-use crate::log::{Health, Log, RowSink};
+use crate::log::{ENDED_MAX, Health, Log, RowSink};
 use crate::manifest::SegmentEnd;
 use crate::record::Records;
 use crate::retire::Held;
@@ -114,7 +114,10 @@ impl<S: Storage> Log<S> {
         }
         self.begin_epoch().map_err(ReplayError::Start)?;
         self.health = Health::Good;
-        self.seal_ended(0)?;
+        // A job seals the rest, so that the start need not wait for it, unless it may need the space that a
+        // sealed segment gives back.
+        let left = if self.spares.is_empty() { 0 } else { ENDED_MAX };
+        self.seal_ended(left)?;
         Ok(ReplayEnd::Healthy)
     }
 

@@ -2,8 +2,8 @@
 //!
 //! Owns their names and the job that fills one. Syncing onto blocks that were written before takes half
 //! as long as onto fallocated or growing ones, and a start on a full disk needs no new space. A file
-//! is called spare only after its zeros are durable; one that was not finished is deleted at the next
-//! opening.
+//! is called spare only after its zeros are durable; one that was not finished is deleted by the next opening, or
+//! finished after it.
 
 use std::io;
 
@@ -58,7 +58,7 @@ impl<S: Storage> SpareJob<S> {
     pub fn run(self) -> Result<SpareDone, JobError> {
         let unfinished = unfinished_name(self.number);
         self.fill(&unfinished).map_err(|source| {
-            // Best effort: an unfinished spare is deleted at the next opening anyway.
+            // Best effort: an unfinished spare is no danger.
             let _ = self.storage.remove(&unfinished);
             JobError {
                 what: "fill",
@@ -73,7 +73,16 @@ impl<S: Storage> SpareJob<S> {
     }
 
     fn fill(&self, unfinished: &str) -> io::Result<()> {
-        let file = self.storage.create(unfinished)?;
+        let file = match self.storage.open(unfinished) {
+            Ok(file) => {
+                file.set_len(file.len()?.min(self.bytes))?;
+                file
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.storage.create(unfinished)?
+            }
+            Err(error) => return Err(error),
+        };
         fill_with_zeros(&file, &self.pool, self.bytes, self.step_bytes)?;
         file.sync_data()?;
         self.storage.rename(unfinished, &spare_name(self.number))?;
@@ -122,15 +131,20 @@ fn unfinished_name(number: u64) -> String {
 /// What a file called like a spare is.
 pub(crate) enum SpareName {
     Ready(u64),
-    Unfinished,
+    /// With its number, if it is one that a job looks for.
+    Unfinished(Option<u64>),
 }
 
 pub(crate) fn parse_spare_name(name: &str) -> Option<SpareName> {
     let rest = name.strip_prefix("spare-")?;
-    if rest.ends_with(".new") {
-        return Some(SpareName::Unfinished);
+    let number = |digits| u64::from_str_radix(digits, 16).ok();
+    match rest.strip_suffix(".new") {
+        Some(digits) => {
+            let number = number(digits).filter(|number| unfinished_name(*number) == name);
+            Some(SpareName::Unfinished(number))
+        }
+        None => number(rest).map(SpareName::Ready),
     }
-    u64::from_str_radix(rest, 16).ok().map(SpareName::Ready)
 }
 
 /// How much is written at once.

@@ -47,13 +47,19 @@ impl Folder {
             },
         };
         for name in &names {
-            if let Some(SpareName::Ready(number)) = parse_spare_name(name) {
-                let bytes = storage.open(name).and_then(|file| file.len());
-                let bytes = bytes.map_err(|source| io_error("open", name, source))?;
-                folder.next_spare = folder.next_spare.max(number + 1);
-                if bytes >= spare_bytes {
-                    folder.spares.push(Spare { number, bytes });
+            match parse_spare_name(name) {
+                Some(SpareName::Ready(number)) => {
+                    let bytes = storage.open(name).and_then(|file| file.len());
+                    let bytes = bytes.map_err(|source| io_error("open", name, source))?;
+                    folder.next_spare = folder.next_spare.max(number.saturating_add(1));
+                    if bytes >= spare_bytes {
+                        folder.spares.push(Spare { number, bytes });
+                    }
                 }
+                Some(SpareName::Unfinished(number)) => {
+                    folder.next_spare = folder.next_spare.max(number.unwrap_or(0));
+                }
+                None => {}
             }
         }
         folder.names = FolderNames {
@@ -103,9 +109,9 @@ impl Folder {
 }
 
 impl FolderNames {
-    /// Deletes what an interrupted job or removal left behind. What cannot be deleted now is found
-    /// again at the next opening.
-    pub fn delete_unnamed<S: Storage>(&self, storage: &S, state: &State) {
+    /// Deletes what an interrupted job or removal left behind, but for one unfinished spare. What cannot be
+    /// deleted now is found again at the next opening.
+    pub fn delete_unnamed<S: Storage>(&self, storage: &S, state: &State, unfinished: Option<u64>) {
         let mut named: BTreeSet<String> = state
             .segments
             .iter()
@@ -120,7 +126,7 @@ impl FolderNames {
         for name in &self.all {
             let ours = parse_file_name(name).is_some() || snapshot::number_of(name).is_some();
             let useless = match parse_spare_name(name) {
-                Some(SpareName::Unfinished) => true,
+                Some(SpareName::Unfinished(number)) => number.is_none() || number != unfinished,
                 // Made when segments were smaller.
                 Some(SpareName::Ready(number)) => !self.spares.contains(&number),
                 None => false,

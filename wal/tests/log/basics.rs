@@ -313,6 +313,90 @@ fn spares_are_used_and_survive_a_restart() {
     expect_record(&log.reader(), place(1, 0), 10);
 }
 
+/// A start of a folder with so many spares and one that was not finished; its options, and the name of that one.
+fn starts_beside_an_unfinished_spare(
+    storage: &SimStorage,
+    ready: usize,
+) -> (Log<SimStorage>, String) {
+    let two = Options {
+        spare_segments: 2,
+        ..options()
+    };
+    let start = || {
+        let mut log = Log::open(storage.clone(), two.clone()).unwrap().log;
+        log.replay(|_, _| Ok::<(), Infallible>(())).unwrap();
+        log
+    };
+    let mut log = start();
+    for _ in 0..ready {
+        log.install_spare(log.spare_job().unwrap().run().unwrap());
+    }
+    log.close().unwrap();
+    let name = format!("spare-{ready:016x}.new");
+    let begun = storage.create(&name).unwrap();
+    begun.write_at(0, &[7; 200_000]).unwrap();
+    begun.sync_data().unwrap();
+    (start(), name)
+}
+
+#[test]
+fn a_spare_that_was_not_finished_is_finished_after_the_next_start() {
+    let storage = SimStorage::new(1);
+    let (mut log, unfinished) = starts_beside_an_unfinished_spare(&storage, 1);
+    assert!(files(&storage, "spare-").contains(&unfinished));
+    log.install_spare(log.spare_job().unwrap().run().unwrap());
+    assert!(!files(&storage, "spare-").contains(&unfinished));
+    assert_eq!(log.stats().spares, 2);
+    let name = unfinished.trim_end_matches(".new");
+    let mut bytes = vec![1; 300_000];
+    let read = storage.open(name).unwrap().read_at(0, &mut bytes).unwrap();
+    assert_eq!(read as u64, options().segment_bytes);
+    assert!(bytes[..read].iter().all(|byte| *byte == 0));
+    append(&mut log, 1, 10).unwrap();
+    log.close().unwrap();
+}
+
+#[test]
+fn a_spare_that_was_not_finished_is_deleted_if_the_start_may_need_its_space_or_has_no_use_for_it() {
+    for ready in [0, 2] {
+        let storage = SimStorage::new(1);
+        let (log, unfinished) = starts_beside_an_unfinished_spare(&storage, ready);
+        assert!(!files(&storage, "spare-").contains(&unfinished));
+        assert_eq!(log.stats().spares, ready);
+    }
+}
+
+#[test]
+fn a_start_leaves_sealing_to_a_job() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 3, BYTES).unwrap();
+    log.install_spare(log.spare_job().unwrap().run().unwrap());
+    drop(log);
+    let (mut log, _) = open(&storage);
+    assert_eq!(stages(&log), [Stage::Open]);
+    append(&mut log, 3, BYTES).unwrap();
+    let job = log.seal_job().expect("it waits");
+    log.install_sealed(job.run().unwrap()).unwrap();
+    assert_eq!(stages(&log), [Stage::Sealed, Stage::Open]);
+    expect_record(&log.reader(), place(1, 2), BYTES);
+    expect_record(&log.reader(), place(2, 2), BYTES);
+}
+
+#[test]
+fn a_start_without_a_spare_seals_because_that_gives_space_back() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    append(&mut log, 1, 10).unwrap();
+    drop(log);
+    let (log, _) = open(&storage);
+    assert_eq!(stages(&log), [Stage::Sealed]);
+}
+
+fn stages(log: &Log<SimStorage>) -> Vec<Stage> {
+    log.segments().iter().map(|segment| segment.stage).collect()
+}
+
 #[test]
 fn the_first_segment_is_small_and_its_blocks_were_written_before() {
     let storage = SimStorage::new(1);

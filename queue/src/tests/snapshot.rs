@@ -441,6 +441,11 @@ fn what_stands_beside_a_message_that_is_acknowledged_after_a_start_comes_too() {
     rig.publish(topic, 3);
     rig.consumer(sub, 1, 3);
     rig.run();
+    // It has an entry on the shelf, and is leased.
+    rig.settle(sub, 1, 1, 1, later(1));
+    rig.grant(1, 1);
+    rig.wait(100);
+    assert_eq!(rig.offsets(), [1]);
     for (offset, delay_ms) in [(0, 1_000), (2, 60_000)] {
         rig.settle(sub, 1, offset, 1, later(delay_ms));
     }
@@ -450,7 +455,8 @@ fn what_stands_beside_a_message_that_is_acknowledged_after_a_start_comes_too() {
     rig.wait(2_000);
     assert!(rig.run().is_empty());
     let due = rig.view(sub).next_due.unwrap();
-    rig.ack(sub, 1, 1, 1);
+    rig.ack(sub, 1, 1, 2);
+    assert!(!is_closed(&rig.queue, sub, 0));
     rig.consumer(sub, 2, 10);
     assert_eq!(rig.offsets(), [0]);
     rig.ack(sub, 2, 0, 2);

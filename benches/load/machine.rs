@@ -17,6 +17,8 @@ pub struct Facts {
     pub memory_gib: u64,
     pub kernel: String,
     pub file_system: String,
+    /// How long an idle core of a virtual machine looks for work before it is given back; where the kernel can.
+    pub halt_poll_us: Option<u64>,
     /// Runnable processes over the last minute, before the run: others disturb it.
     pub load_average: String,
     pub millpond: &'static str,
@@ -47,6 +49,7 @@ impl Facts {
             memory_gib: memory_kib >> 20,
             kernel: read("/proc/sys/kernel/osrelease")?.trim().to_owned(),
             file_system: file_system(plan.dir())?,
+            halt_poll_us: halt_poll_us(),
             load_average: load.split(' ').next().unwrap_or_default().to_owned(),
             millpond: env!("CARGO_PKG_VERSION"),
             commit: commit(),
@@ -89,11 +92,23 @@ impl Facts {
                 if self.quick { ", small numbers" } else { "" },
             ),
         ];
+        if let Some(us) = self.halt_poll_us {
+            lines.push(format!(
+                "a virtual machine whose idle cores look for work for {us} us (guest_halt_poll_ns)"
+            ));
+        }
         if !self.optimised {
             lines.push("NOT OPTIMISED: these numbers say nothing; use `cargo bench`".to_owned());
         }
         lines
     }
+}
+
+fn halt_poll_us() -> Option<u64> {
+    let governor = read("/sys/devices/system/cpu/cpuidle/current_governor").ok()?;
+    let ns = read("/sys/module/haltpoll/parameters/guest_halt_poll_ns").ok()?;
+    let ns: u64 = ns.trim().parse().ok()?;
+    (governor.trim() == "haltpoll").then_some(ns / 1_000)
 }
 
 fn read(path: &str) -> Result<String> {

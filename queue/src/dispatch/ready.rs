@@ -1,7 +1,7 @@
 //! Which messages go to which session: ready order and turns.
 //!
 //! Due retries first by (due, offset), but at most half of the hand-outs while new messages wait; new
-//! ones by offset. Sessions take turns, each with its share of what is ready and at most its credit.
+//! ones by offset. After a start that left more overdue than one turn opens, those first whose shelves are open. Sessions take turns, each with its share of what is ready and at most its credit.
 //! Suspects, and last attempts after a session's loss, go to a session that holds nothing else; if
 //! there is none, one is left to run empty.
 

@@ -1,7 +1,8 @@
 //! Which messages go to which session: ready order and turns.
 //!
 //! Due retries first by (due, offset), but at most half of the hand-outs while new messages wait; new
-//! ones by offset. After a start that left more overdue than one turn opens, those first whose shelves are open. Sessions take turns, each with its share of what is ready and at most its credit.
+//! ones by offset. After a start that left more overdue than one turn opens, those first whose shelves
+//! are open. Sessions take turns, each with its share of what is ready and at most its credit.
 //! Suspects, and last attempts after a session's loss, go to a session that holds nothing else; if
 //! there is none, one is left to run empty.
 
@@ -255,15 +256,13 @@ impl Server<'_> {
     /// out stand in their order, or until it is enough for one turn.
     fn open_due(&mut self, wanted: u64) {
         let until = due_by(self.now);
-        while let Some(first) = self.sub.retries.first_closed()
+        while self.shelves_left > 0
+            && let Some(first) = self.sub.retries.first_closed()
             && first <= until
         {
             let open = self.due(wanted);
             let is_behind = open.last().is_some_and(|(due, _)| *due < first);
             if open.len() as u64 == wanted && is_behind {
-                break;
-            }
-            if self.shelves_left == 0 {
                 break;
             }
             self.shelves_left -= 1;

@@ -274,13 +274,6 @@ impl Queue {
 
     /// A chunk's bytes; none if nothing is in it.
     fn chunk(&self, id: u64) -> Option<Bytes> {
-        if dirty::is_retries(id) {
-            return self.retries_chunk(id);
-        }
-        self.made_chunk(id).map(Bytes::from)
-    }
-
-    fn made_chunk(&self, id: u64) -> Option<Vec<u8>> {
         let (class, entity, part) = (id >> 60, (id >> 32 & 0x0fff_ffff) as u32, id & 0xffff_ffff);
         let (topic, sub) = (TopicId(entity), SubscriptionId(entity));
         match (class, id) {
@@ -294,6 +287,7 @@ impl Queue {
             (5, _) => self.subscription_chunk(sub),
             (6, _) => self.sets_chunk(sub, part),
             (7, _) => self.leases_chunk(sub),
+            (8, _) => self.retries_chunk(sub, part),
             (9, _) => self.sessions_chunk(sub),
             (11, _) => self.gone_chunk(topic, part),
             _ => self.producer_chunk(ProducerKey(id & ((1 << 60) - 1))),
@@ -312,7 +306,7 @@ impl Queue {
         }
     }
 
-    fn jobs_chunk(&self) -> Option<Vec<u8>> {
+    fn jobs_chunk(&self) -> Option<Bytes> {
         let chunk = |(key, job): (&u64, &crate::state::redrive::Job)| JobChunk {
             key: *key,
             topic: job.topic,
@@ -331,7 +325,7 @@ impl Queue {
         list(self.jobs.all.iter().map(chunk))
     }
 
-    fn rows_chunk(&self, id: TopicId, part: u64) -> Option<Vec<u8>> {
+    fn rows_chunk(&self, id: TopicId, part: u64) -> Option<Bytes> {
         let rows = &self.topics.get(&id)?.index.rows;
         let (first, end) = span(part, ROWS_SHIFT, rows.front()?.first);
         let from = rows.partition_point(|row| row.first < first);
@@ -344,7 +338,7 @@ impl Queue {
         }))
     }
 
-    fn extras_chunk(&self, id: TopicId, part: u64) -> Option<Vec<u8>> {
+    fn extras_chunk(&self, id: TopicId, part: u64) -> Option<Bytes> {
         let topic = self.topics.get(&id)?;
         let (first, end) = span(part, ENTRIES_SHIFT, topic.first);
         let extras = topic.extras.range(first..end).map(|(at, _)| *at);
@@ -364,7 +358,7 @@ impl Queue {
         }))
     }
 
-    fn letters_chunk(&self, id: TopicId, part: u64) -> Option<Vec<u8>> {
+    fn letters_chunk(&self, id: TopicId, part: u64) -> Option<Bytes> {
         let topic = self.topics.get(&id)?;
         let (first, end) = span(part, ENTRIES_SHIFT, topic.first);
         let letter = |(offset, letter): (&u64, &super::dead_letter::Letter)| LetterChunk {
@@ -397,7 +391,7 @@ impl Queue {
         filled(is_empty, &LettersChunk { letters, aliases })
     }
 
-    fn subscription_chunk(&self, id: SubscriptionId) -> Option<Vec<u8>> {
+    fn subscription_chunk(&self, id: SubscriptionId) -> Option<Bytes> {
         let sub = self.subscriptions.get(&id)?;
         some(&SubscriptionChunk {
             topic: sub.topic,
@@ -416,7 +410,7 @@ impl Queue {
         })
     }
 
-    fn sets_chunk(&self, id: SubscriptionId, part: u64) -> Option<Vec<u8>> {
+    fn sets_chunk(&self, id: SubscriptionId, part: u64) -> Option<Bytes> {
         let sub = self.subscriptions.get(&id)?;
         let sets = [&sub.done, &sub.again, &sub.reopened, &sub.parked];
         let next = self.topics.get(&sub.topic).map_or(0, |topic| topic.next);
@@ -434,14 +428,14 @@ impl Queue {
         })
     }
 
-    fn gone_chunk(&self, id: TopicId, part: u64) -> Option<Vec<u8>> {
+    fn gone_chunk(&self, id: TopicId, part: u64) -> Option<Bytes> {
         let topic = self.topics.get(&id)?;
         let key = key_of(part, topic.next, &[&topic.gone])?;
         let gone = topic.gone.chunk_bytes(key);
         some(&GoneChunk { key, gone })
     }
 
-    fn leases_chunk(&self, id: SubscriptionId) -> Option<Vec<u8>> {
+    fn leases_chunk(&self, id: SubscriptionId) -> Option<Bytes> {
         let sub = self.subscriptions.get(&id)?;
         let mut runs: Vec<LeaseChunk> = Vec::new();
         for run in sub.leases.iter() {
@@ -463,14 +457,13 @@ impl Queue {
         filled(runs.is_empty(), &runs)
     }
 
-    fn retries_chunk(&self, id: u64) -> Option<Bytes> {
-        let sub = SubscriptionId(dirty::entity(id));
-        let retries = &self.subscriptions.get(&sub)?.retries;
-        let (first, end) = span(id & 0xffff_ffff, ENTRIES_SHIFT, retries.shelves().next()?);
+    fn retries_chunk(&self, id: SubscriptionId, part: u64) -> Option<Bytes> {
+        let retries = &self.subscriptions.get(&id)?.retries;
+        let (first, end) = span(part, ENTRIES_SHIFT, retries.shelves().next()?);
         if let Some(told) = retries.chunk(first) {
             return Some(told);
         }
-        let made = list(retries.range(first, end).map(|(offset, retry)| {
+        list(retries.range(first, end).map(|(offset, retry)| {
             let own = retry
                 .own()
                 .map(|own| (own.max_attempts, own.backoff_initial_ms));
@@ -495,11 +488,10 @@ impl Queue {
                     history.map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code)),
                 ),
             }
-        }));
-        made.map(Bytes::from)
+        }))
     }
 
-    fn sessions_chunk(&self, id: SubscriptionId) -> Option<Vec<u8>> {
+    fn sessions_chunk(&self, id: SubscriptionId) -> Option<Bytes> {
         let sub = self.subscriptions.get(&id)?;
         let sessions = sub.sessions.iter().filter_map(|id| self.sessions.get(id));
         list(sessions.map(|session| SessionChunk {
@@ -510,7 +502,7 @@ impl Queue {
         }))
     }
 
-    fn producer_chunk(&self, key: ProducerKey) -> Option<Vec<u8>> {
+    fn producer_chunk(&self, key: ProducerKey) -> Option<Bytes> {
         if planted::is(Bug::DedupNotInSnapshot) {
             return None;
         }
@@ -564,15 +556,16 @@ fn span(part: u64, shift: u32, around: u64) -> (u64, u64) {
     (first, first.saturating_add(1 << shift))
 }
 
-fn some<T: Serialize>(value: &T) -> Option<Vec<u8>> {
-    Some(postcard::to_allocvec(value).expect("encoding into memory cannot fail"))
+fn some<T: Serialize>(value: &T) -> Option<Bytes> {
+    let bytes = postcard::to_allocvec(value).expect("encoding into memory cannot fail");
+    Some(Bytes::from(bytes))
 }
 
-fn filled<T: Serialize>(is_empty: bool, value: &T) -> Option<Vec<u8>> {
+fn filled<T: Serialize>(is_empty: bool, value: &T) -> Option<Bytes> {
     if is_empty { None } else { some(value) }
 }
 
-fn list<T: Serialize>(items: impl Iterator<Item = T>) -> Option<Vec<u8>> {
+fn list<T: Serialize>(items: impl Iterator<Item = T>) -> Option<Bytes> {
     let items: Vec<T> = items.collect();
     filled(items.is_empty(), &items)
 }

@@ -63,7 +63,7 @@ pub struct Glance {
 }
 
 /// What must be known of a chunk to leave its shelf closed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Told {
     shelf: u64,
     bytes: u64,
@@ -82,7 +82,10 @@ impl Told {
         let mut last = None;
         for entry in entries {
             let (offset, glance) = entry?;
-            let told = told.get_or_insert_with(|| Self::nothing_of(shelf_of(offset)));
+            let told = told.get_or_insert_with(|| Self {
+                shelf: shelf_of(offset),
+                ..Self::default()
+            });
             if last.is_some_and(|last| offset <= last) || shelf_of(offset) != told.shelf {
                 return None;
             }
@@ -90,17 +93,6 @@ impl Told {
             told.add(&glance);
         }
         told
-    }
-
-    fn nothing_of(shelf: u64) -> Self {
-        Self {
-            shelf,
-            bytes: 0,
-            waiting: 0,
-            due: None,
-            has_suspects: false,
-            places: Vec::new(),
-        }
     }
 
     fn add(&mut self, glance: &Glance) {

@@ -303,24 +303,38 @@ fn the_bytes_of_retries_stay_what_they_are() {
 const SHELF: u64 = 1 << ENTRIES_SHIFT;
 const STEP: u64 = 8;
 
-/// Of so many messages every eighth waits for a retry; the queue that a start makes of it.
-fn waits_and_starts(
-    rig: &mut Rig,
-    count: u64,
-    delay_ms: impl Fn(u64) -> u64,
-) -> (SubscriptionId, Queue) {
+/// Of so many messages every eighth waits for a retry.
+fn waits(rig: &mut Rig, count: u64, delay_ms: impl Fn(u64) -> u64) -> SubscriptionId {
     let topic = rig.topic("t");
     let sub = rig.sub(topic, "s");
     rig.publish(topic, count);
+    fail_every_eighth(rig, sub, count, delay_ms);
+    sub
+}
+
+/// Hands out so many messages, and has the others acknowledged.
+fn fail_every_eighth(
+    rig: &mut Rig,
+    sub: SubscriptionId,
+    count: u64,
+    delay_ms: impl Fn(u64) -> u64,
+) {
     rig.consumer(sub, 1, count);
     rig.run();
     for offset in (0..count).step_by(STEP as usize) {
         rig.settle(sub, 1, offset, 1, later(delay_ms(offset)));
         rig.acks(sub, 1, &[(offset + 1, 1, STEP as u32 - 1)]);
     }
-    let chunks = rig.queue.chunks();
-    let started = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
-    (sub, started)
+}
+
+/// The queue that a start makes of this one.
+fn started(queue: &Queue) -> Queue {
+    Queue::restore(Options::default(), queue.chunks().into_iter()).unwrap()
+}
+
+fn start(rig: &mut Rig) {
+    rig.queue = started(&rig.queue);
+    rig.apply(&Record::Start { recovery_epoch: 2 });
 }
 
 fn is_closed(queue: &Queue, sub: SubscriptionId, shelf: u64) -> bool {
@@ -333,7 +347,8 @@ fn is_closed(queue: &Queue, sub: SubscriptionId, shelf: u64) -> bool {
 #[test]
 fn a_start_opens_a_shelf_when_an_entry_of_it_changes() {
     let mut rig = Rig::new();
-    let (sub, started) = waits_and_starts(&mut rig, 3 * SHELF, |_| 60_000);
+    let sub = waits(&mut rig, 3 * SHELF, |_| 60_000);
+    let started = started(&rig.queue);
     let unopened = started.chunks();
     assert!((0..3).all(|shelf| is_closed(&started, sub, shelf)));
     let before = std::mem::replace(&mut rig.queue, started);
@@ -360,7 +375,8 @@ fn a_start_tells_of_retries_what_was_told_before() {
         1 => 1_000 * (offset - SHELF + 1),
         _ => 3_600_000,
     };
-    let (sub, started) = waits_and_starts(&mut rig, 3 * SHELF, delays);
+    let sub = waits(&mut rig, 3 * SHELF, delays);
+    let started = started(&rig.queue);
     for ms in [
         0, 500, 1_000, 1_500, 100_000, 512_000, 1_000_000, 3_599_000, 4_000_000,
     ] {
@@ -378,20 +394,16 @@ fn what_waited_at_a_start_comes_when_it_is_due_and_in_its_order() {
     let count = 4 * SHELF;
     // Every shelf has something for every second.
     let delay = |offset: u64| 1_000 * (1 + offset * 7 % 20);
-    let (sub, started) = waits_and_starts(&mut rig, count, delay);
-    rig.queue = started;
-    rig.apply(&Record::Start { recovery_epoch: 2 });
+    let sub = waits(&mut rig, count, delay);
+    start(&mut rig);
     rig.consumer(sub, 2, count);
     let mut got = 0;
     for second in 1..=20 {
         rig.wait(1_000);
         let all = (0..count).step_by(STEP as usize);
-        let mut due: Vec<_> = all.filter(|at| delay(*at) == 1_000 * second).collect();
-        let mut came: Vec<_> = rig.run().into_iter().map(|got| got.offset).collect();
-        due.sort_unstable();
-        came.sort_unstable();
-        assert_eq!(came, due, "in second {second}");
-        got += came.len() as u64;
+        let due: Vec<_> = all.filter(|at| delay(*at) == 1_000 * second).collect();
+        assert_eq!(rig.offsets(), due, "in second {second}");
+        got += due.len() as u64;
     }
     assert_eq!(got, count / STEP);
     rig.queue.check_invariants();
@@ -406,9 +418,8 @@ fn what_is_overdue_at_a_start_is_opened_by_and_by() {
     for (nth, delay_ms) in orders.into_iter().enumerate() {
         let mut rig = Rig::new();
         let count = SHELVES * SHELF;
-        let (sub, started) = waits_and_starts(&mut rig, count, delay_ms);
-        rig.queue = started;
-        rig.apply(&Record::Start { recovery_epoch: 2 });
+        let sub = waits(&mut rig, count, delay_ms);
+        start(&mut rig);
         rig.wait(60_000);
         let closed = |rig: &Rig| {
             (0..SHELVES)
@@ -449,9 +460,7 @@ fn what_stands_beside_a_message_that_is_acknowledged_after_a_start_comes_too() {
     for (offset, delay_ms) in [(0, 1_000), (2, 60_000)] {
         rig.settle(sub, 1, offset, 1, later(delay_ms));
     }
-    let chunks = rig.queue.chunks();
-    rig.queue = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
-    rig.apply(&Record::Start { recovery_epoch: 2 });
+    start(&mut rig);
     rig.wait(2_000);
     assert!(rig.run().is_empty());
     let due = rig.view(sub).next_due.unwrap();
@@ -478,15 +487,8 @@ fn what_is_too_old_hides_nothing_that_waited_at_a_start() {
     rig.publish(topic, SHELF);
     rig.wait(8_000);
     rig.publish(topic, SHELF);
-    rig.consumer(sub, 1, 2 * SHELF);
-    rig.run();
-    for offset in (0..2 * SHELF).step_by(STEP as usize) {
-        rig.settle(sub, 1, offset, 1, later(1 + offset));
-        rig.acks(sub, 1, &[(offset + 1, 1, STEP as u32 - 1)]);
-    }
-    let chunks = rig.queue.chunks();
-    rig.queue = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
-    rig.apply(&Record::Start { recovery_epoch: 2 });
+    fail_every_eighth(&mut rig, sub, 2 * SHELF, |offset| 1 + offset);
+    start(&mut rig);
     rig.wait(5_000);
     rig.consumer(sub, 2, 10);
     let first = SHELF..SHELF + 10 * STEP;

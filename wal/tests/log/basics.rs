@@ -313,7 +313,7 @@ fn spares_are_used_and_survive_a_restart() {
     expect_record(&log.reader(), place(1, 0), 10);
 }
 
-/// A start of a folder with so many spares and one that was not finished; its options, and the name of that one.
+/// A start of a folder with so many spares and one that was not finished; the log, and the name of that one.
 fn starts_beside_an_unfinished_spare(
     storage: &SimStorage,
     ready: usize,

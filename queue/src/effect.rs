@@ -1,5 +1,6 @@
 //! What the core answers and asks for: plain data, comparable and printable.
 
+use crate::state::snapshot::FORMAT;
 use millpond_protocol::control::{
     ConsumerNotice, LeaseName, LostReason, MessageState, RedriveView,
 };
@@ -213,7 +214,7 @@ pub struct SnapshotDelta {
 pub enum RestoreError {
     #[error("the snapshot has no header; use the older snapshot")]
     NoHeader,
-    #[error("the snapshot has format {0}, this version reads format 1; run a newer version")]
+    #[error("the snapshot has format {0}, this version knows {FORMAT}; run a newer version")]
     Format(u32),
     #[error("chunk {chunk:#018x} of the snapshot cannot be read; use the older snapshot")]
     Chunk { chunk: u64 },

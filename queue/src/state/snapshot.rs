@@ -19,14 +19,16 @@ use serde::{Deserialize, Serialize};
 use crate::effect::{Place, SnapshotDelta};
 use crate::planted::{self, Bug};
 use crate::queue::Queue;
-use crate::record::FailureKind;
 use crate::state::dirty::{self, ENTRIES_SHIFT, ROWS_SHIFT, SETS_SHIFT};
 use crate::state::offset_set::OffsetSet;
 use crate::state::redelivery::Answer;
 use crate::state::topic::Topic;
 
-/// The format that this version writes.
-pub const FORMAT: u32 = 1;
+/// The format that this version writes. The one before had retries otherwise, see `retries/format_1.rs`.
+pub const FORMAT: u32 = 2;
+
+/// The oldest format that this version reads.
+const FORMAT_MIN: u32 = 1;
 
 #[derive(Serialize, Deserialize)]
 struct MetaChunk {
@@ -158,33 +160,6 @@ struct LeaseChunk {
     session: SessionId,
     delivery: u32,
 }
-
-/// `E` and `H` are lists of [`EarlierChunk`] and [`FailureChunk`].
-#[derive(Serialize, Deserialize)]
-struct RetryChunk<E, H> {
-    offset: u64,
-    failures: u32,
-    deliveries: u32,
-    releases: u32,
-    redrives: u32,
-    delivery: u32,
-    session: SessionId,
-    answered: Option<Answer>,
-    suspect: bool,
-    lost: bool,
-    due: Option<Stamp>,
-    first_attempt_at: Option<Stamp>,
-    place: Option<Place>,
-    own: Option<OwnChunk>,
-    earlier: E,
-    history: H,
-}
-
-/// Delivery number and session of a lease.
-type EarlierChunk = (u32, SessionId);
-
-/// When, after how long, whose, of which kind and with which code.
-type FailureChunk<'a> = (Stamp, u64, &'a str, FailureKind, u32);
 
 #[derive(Serialize, Deserialize)]
 struct SessionChunk {
@@ -463,32 +438,7 @@ impl Queue {
         if let Some(told) = retries.chunk(first) {
             return Some(told);
         }
-        list(retries.range(first, end).map(|(offset, retry)| {
-            let own = retry
-                .own()
-                .map(|own| (own.max_attempts, own.backoff_initial_ms));
-            let history = retry.history();
-            RetryChunk {
-                offset,
-                failures: retry.failures,
-                deliveries: retry.deliveries,
-                releases: retry.releases,
-                redrives: retry.redrives(),
-                delivery: retry.delivery,
-                session: retry.session,
-                answered: retry.answered,
-                suspect: retry.suspect,
-                lost: retry.lost,
-                due: retry.due(),
-                first_attempt_at: retry.first_attempt_at(),
-                place: retry.place(),
-                own,
-                earlier: Vec::<EarlierChunk>::from_iter(retry.earlier()),
-                history: Vec::<FailureChunk<'_>>::from_iter(
-                    history.map(|f| (f.at, f.duration_ms, &*f.consumer, f.kind, f.code)),
-                ),
-            }
-        }))
+        retries::shelf(retries.range(first, end))
     }
 
     fn sessions_chunk(&self, id: SubscriptionId) -> Option<Bytes> {

@@ -292,12 +292,28 @@ fn the_bytes_of_retries_stay_what_they_are() {
     super::dead::redrive_all(&mut rig);
     rig.run();
     let chunks: BTreeMap<_, _> = rig.queue.chunks().into_iter().collect();
-    let bytes = &chunks[&crate::state::dirty::retries(sub, 0)];
-    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let chunk = crate::state::dirty::retries(sub, 0);
+    let hex: String = chunks[&chunk].iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(hex, include_str!("snapshot/retries.txt").trim_end());
-    let restored = Queue::restore(Options::default(), chunks.clone().into_iter()).unwrap();
-    assert_eq!(retries_of(&restored, sub), retries_of(&rig.queue, sub));
-    assert_eq!(BTreeMap::from_iter(restored.chunks()), chunks);
+    // As the format before this one had them.
+    let mut before = chunks.clone();
+    let meta = before[&crate::state::dirty::META].slice(1..);
+    before.insert(crate::state::dirty::META, [&[1], &meta[..]].concat().into());
+    let retries = of_hex(include_str!("snapshot/retries_format_1.txt").trim_end());
+    before.insert(chunk, [&retries[..], &[0]].concat().into());
+    let restored = Queue::restore(Options::default(), before.clone().into_iter());
+    assert_eq!(restored.map(|_| ()), Err(RestoreError::Chunk { chunk }));
+    before.insert(chunk, retries.into());
+    for told in [before, chunks.clone()] {
+        let restored = Queue::restore(Options::default(), told.into_iter()).unwrap();
+        assert_eq!(retries_of(&restored, sub), retries_of(&rig.queue, sub));
+        assert_eq!(BTreeMap::from_iter(restored.chunks()), chunks);
+    }
+}
+
+fn of_hex(hex: &str) -> Vec<u8> {
+    let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+    (0..hex.len()).step_by(2).map(byte).collect()
 }
 
 const SHELF: u64 = 1 << ENTRIES_SHIFT;

@@ -8,8 +8,8 @@ use millpond_protocol::{Offset, ProducerKey, SubscriptionId, TopicId};
 use serde::Deserialize;
 
 use super::{
-    ExtraChunk, FORMAT, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk, MetaChunk,
-    ProducerChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
+    ExtraChunk, FORMAT, FORMAT_MIN, GoneChunk, JobChunk, LeaseChunk, LetterChunk, LettersChunk,
+    MetaChunk, ProducerChunk, RowChunk, SessionChunk, SetsChunk, SubscriptionChunk, TopicChunk,
 };
 use crate::effect::RestoreError;
 use crate::limits::Options;
@@ -47,7 +47,7 @@ impl Queue {
     fn read_meta(&mut self, bytes: &[u8]) -> Result<()> {
         let (format, _): (u32, _) = postcard::take_from_bytes(bytes)
             .map_err(|_| RestoreError::Chunk { chunk: dirty::META })?;
-        if format != FORMAT {
+        if !(FORMAT_MIN..=FORMAT).contains(&format) {
             return Err(RestoreError::Format(format));
         }
         let meta: MetaChunk = decode(dirty::META, bytes)?;

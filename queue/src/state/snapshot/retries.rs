@@ -1,20 +1,20 @@
-//! Reading retries back: most of a large state, so by several threads where there are many.
+//! Retries, written, and read back: most of a large state, so by several threads where there are many.
 //!
-//! Every chunk is looked at, all of it, and left as it is (`state/redelivery/shelves.rs`). In which order they are
+//! Every chunk is a shelf; it is looked at, all of it, and left as it is (`state/redelivery/shelves.rs`). In which order they are
 //! read changes nothing. Bytes from disk: every chunk may be wrong, none may panic.
 
+mod format_1;
+mod rows;
+
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-use std::marker::PhantomData;
 use std::sync::Arc;
 use std::thread;
 
 use bytes::Bytes;
 use millpond_protocol::SubscriptionId;
-use serde::de::{Deserialize, Deserializer, SeqAccess, Visitor};
 
+use self::rows::{FailureRow, Row};
 use super::read::{ORPHAN, Result, own};
-use super::{EarlierChunk, FailureChunk, RetryChunk};
 use crate::effect::RestoreError;
 use crate::queue::Queue;
 use crate::state::dirty;
@@ -27,14 +27,14 @@ impl Queue {
         let chunks: Vec<_> = chunks.map(|(id, bytes)| (*id, bytes)).collect();
         let mut places = Vec::new();
         let mut suspected = BTreeSet::new();
-        for ((chunk, bytes), mut told) in chunks.iter().zip(told(&chunks)?) {
+        for ((chunk, _), (mut told, shelf)) in chunks.iter().zip(told(&chunks)?) {
             let id = SubscriptionId(dirty::entity(*chunk));
             let sub = self.subscriptions.get_mut(&id).ok_or(ORPHAN)?;
             places.append(&mut told.places);
             if told.has_suspects {
                 suspected.insert(id);
             }
-            if !sub.retries.put_shelf(&told, Bytes::clone(bytes)) {
+            if !sub.retries.put_shelf(&told, shelf) {
                 return Err(DISORDER);
             }
         }
@@ -46,14 +46,17 @@ impl Queue {
     }
 }
 
-/// What each chunk tells, in their order.
-fn told(chunks: &[(u64, &Bytes)]) -> Result<Vec<Told>> {
-    let read = |part: &[(u64, &Bytes)]| -> Result<Vec<_>> {
-        let told = |&(chunk, bytes): &(u64, &Bytes)| {
-            Told::of(glances_of(bytes)).ok_or(RestoreError::Chunk { chunk })
+/// What each chunk tells, in their order, and the shelf that it is.
+fn told(chunks: &[(u64, &Bytes)]) -> Result<Vec<(Told, Bytes)>> {
+    let look = |&(chunk, bytes): &(u64, &Bytes)| {
+        let shelf = match rows::is_shelf(bytes) {
+            true => Some(Bytes::clone(bytes)),
+            false => format_1::shelf(bytes),
         };
-        part.iter().map(told).collect()
+        let told = shelf.and_then(|shelf| Some((Told::of(glances_of(&shelf))?, shelf)));
+        told.ok_or(RestoreError::Chunk { chunk })
     };
+    let read = |part: &[(u64, &Bytes)]| part.iter().map(look).collect::<Result<Vec<_>>>();
     if chunks.len() < SHARED_CHUNKS_MIN {
         return read(chunks);
     }
@@ -78,99 +81,92 @@ fn told(chunks: &[(u64, &Bytes)]) -> Result<Vec<Told>> {
     Ok(all)
 }
 
-/// The entries of a chunk, one by one; `None` where it is none, and then nothing more.
-pub(in crate::state) fn entries_of(chunk: &[u8]) -> impl Iterator<Item = Option<(u64, Retry)>> {
+/// The entries of a shelf, one by one; `None` where it is none, and then nothing more.
+pub(in crate::state) fn entries_of(shelf: &[u8]) -> impl Iterator<Item = Option<(u64, Retry)>> {
     let mut names = BTreeMap::new();
-    items(chunk).map(move |read| read.map(|read| (read.offset, retry(read, &mut names))))
+    rows::read(shelf).map(move |row| row.map(|row| (row.offset, retry(row, &mut names))))
 }
 
 /// What there is to know of the same entries without making them: the same bytes are good for both.
-pub(in crate::state) fn glances_of(chunk: &[u8]) -> impl Iterator<Item = Option<(u64, Glance)>> {
-    let glance = |read: RetryChunk<Passed<EarlierChunk>, Passed<FailureChunk<'_>>>| {
-        let has_more = read.redrives > 0 || read.own.is_some();
+pub(in crate::state) fn glances_of(shelf: &[u8]) -> impl Iterator<Item = Option<(u64, Glance)>> {
+    let glance = |row: Row<'_>| {
+        let has_more = row.redrives > 0 || row.own.is_some();
+        let failures = row.before.len() + usize::from(row.last.is_some());
         let glance = Glance {
-            due: read.due,
-            place: read.place,
-            is_suspect: read.suspect || read.lost,
-            bytes: Retry::bytes_with(has_more, read.earlier.count, read.history.count),
+            due: row.due,
+            place: row.place,
+            is_suspect: row.suspect || row.lost,
+            bytes: Retry::bytes_with(has_more, row.earlier.len(), failures),
         };
-        (read.offset, glance)
+        (row.offset, glance)
     };
-    items(chunk).map(move |read| read.map(glance))
+    rows::read(shelf).map(move |row| row.map(glance))
 }
 
-fn items<'a, E, H>(chunk: &'a [u8]) -> impl Iterator<Item = Option<RetryChunk<E, H>>>
-where
-    E: Deserialize<'a>,
-    H: Deserialize<'a>,
-{
-    let mut rest = postcard::take_from_bytes::<u64>(chunk).ok();
-    std::iter::from_fn(move || match rest.take()? {
-        (0, []) => None,
-        (0, _) => Some(None),
-        (left, bytes) => {
-            let read = postcard::take_from_bytes(bytes).ok();
-            rest = read.as_ref().map(|(_, behind)| (left - 1, *behind));
-            Some(read.map(|(read, _)| read))
+/// The bytes of a shelf with these entries; none without any.
+pub(super) fn shelf<'a>(entries: impl Iterator<Item = (u64, &'a Retry)>) -> Option<Bytes> {
+    rows::write(entries.map(|(offset, retry)| row(offset, retry)))
+}
+
+fn row(offset: u64, retry: &Retry) -> Row<'_> {
+    fn failure_row(failure: &Failure) -> FailureRow<'_> {
+        FailureRow {
+            at: failure.at,
+            duration_ms: failure.duration_ms,
+            consumer: &failure.consumer,
+            kind: failure.kind,
+            code: failure.code,
         }
-    })
-}
-
-/// A list that is read to its end, and only counted.
-struct Passed<T> {
-    count: usize,
-    items: PhantomData<T>,
-}
-
-impl<'de, T: Deserialize<'de>> Deserialize<'de> for Passed<T> {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        let items = PhantomData;
-        from.deserialize_seq(Passed { count: 0, items })
+    }
+    let mut before: Vec<_> = retry.history().map(failure_row).collect();
+    let last = before.pop();
+    let own = retry.own();
+    Row {
+        offset,
+        failures: retry.failures,
+        deliveries: retry.deliveries,
+        releases: retry.releases,
+        redrives: retry.redrives(),
+        delivery: retry.delivery,
+        session: retry.session,
+        answered: retry.answered,
+        suspect: retry.suspect,
+        lost: retry.lost,
+        due: retry.due(),
+        first_attempt_at: retry.first_attempt_at(),
+        place: retry.place(),
+        own: own.map(|own| (own.max_attempts, own.backoff_initial_ms)),
+        earlier: retry.earlier().collect(),
+        before,
+        last,
     }
 }
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Passed<T> {
-    type Value = Self;
-
-    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        formatter.write_str("a list")
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(mut self, mut list: A) -> std::result::Result<Self, A::Error> {
-        while list.next_element::<T>()?.is_some() {
-            self.count += 1;
-        }
-        Ok(self)
-    }
-}
-
-type WholeChunk<'a> = RetryChunk<Vec<EarlierChunk>, Vec<FailureChunk<'a>>>;
-
-fn retry<'a>(read: WholeChunk<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
-    let mut name = |name: &'a str| names.entry(name).or_insert_with(|| name.into()).clone();
-    let failure = |(at, duration_ms, consumer, kind, code)| Failure {
-        at,
-        duration_ms,
-        consumer: name(consumer),
-        kind,
-        code,
+fn retry<'a>(row: Row<'a>, names: &mut BTreeMap<&'a str, Arc<str>>) -> Retry {
+    let failure = |row: FailureRow<'a>| Failure {
+        at: row.at,
+        duration_ms: row.duration_ms,
+        consumer: names
+            .entry(row.consumer)
+            .or_insert_with(|| row.consumer.into())
+            .clone(),
+        kind: row.kind,
+        code: row.code,
     };
-    let mut retry = Retry::redriven(read.redrives, read.own.map(own));
-    retry.failures = read.failures;
-    retry.deliveries = read.deliveries;
-    retry.releases = read.releases;
-    retry.delivery = read.delivery;
-    retry.session = read.session;
-    retry.answered = read.answered;
-    retry.suspect = read.suspect;
-    retry.lost = read.lost;
-    retry.set_due(read.due);
-    retry.set_first_attempt_at(read.first_attempt_at);
-    retry.set_place(read.place);
-    retry.set_past(
-        read.earlier,
-        read.history.into_iter().map(failure).collect(),
-    );
+    let mut retry = Retry::redriven(row.redrives, row.own.map(own));
+    retry.failures = row.failures;
+    retry.deliveries = row.deliveries;
+    retry.releases = row.releases;
+    retry.delivery = row.delivery;
+    retry.session = row.session;
+    retry.answered = row.answered;
+    retry.suspect = row.suspect;
+    retry.lost = row.lost;
+    retry.set_due(row.due);
+    retry.set_first_attempt_at(row.first_attempt_at);
+    retry.set_place(row.place);
+    let history = row.before.into_iter().chain(row.last).map(failure);
+    retry.set_past(row.earlier, history.collect());
     retry
 }
 

@@ -59,7 +59,7 @@ impl<S: Storage> Log<S> {
         Ok(opened)
     }
 
-    /// The same, and folds the snapshot while the segments are read, if the storage does two things at once.
+    /// The same, and reads and folds the snapshot while the segments are read, if the storage does two things at once.
     pub fn open_beside<T: Send>(
         storage: S,
         options: Options,
@@ -84,19 +84,18 @@ impl<S: Storage> Log<S> {
             fresh: !folder.has_manifest,
             ..Default::default()
         };
-        let (snapshot, chunks) = choose_snapshot(&storage, manifest.state(), &mut report)?.unzip();
-        let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
-        let folding = Folding {
-            store_id: manifest.state().store,
-            chunks,
-        };
         let state = manifest.state();
-        let (found, folded) = storage.both(
-            || judge::find(&storage, state, replay_from),
-            || fold(folding),
+        let (folded, found) = storage.both(
+            || {
+                let (snapshot, chunks) = choose_snapshot(&storage, state, &mut report)?.unzip();
+                let store_id = state.store;
+                Ok((snapshot, fold(Folding { store_id, chunks })))
+            },
+            || judge::find(&storage, state),
         );
-        let found = found?;
-        let judged = found.judge(manifest.state(), &mut report);
+        let (snapshot, folded) = folded?;
+        let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
+        let judged = found?.judge(state, replay_from, &mut report);
         report.epoch = manifest.state().epoch;
         report.torn_manifest = manifest.torn().map(|torn| TornManifest {
             position: torn.position,

@@ -304,7 +304,7 @@ impl<F: StorageFile> Inspected<F> {
         let mut report = RecoveryReport::default();
         let snapshot = choose_snapshot(storage, state, &mut report)?.map(|(snapshot, _)| snapshot);
         let replay_from = snapshot.as_ref().map_or(LogIndex::NONE, Snapshot::index);
-        let judged = judge::find(storage, state, replay_from)?.judge(state, &mut report);
+        let judged = judge::find(storage, state)?.judge(state, replay_from, &mut report);
         Ok(Inspected {
             judged,
             report,

@@ -24,7 +24,6 @@ use crate::tables::{Body, SealedBody, Segment, Tables};
 pub(crate) struct Found<F> {
     /// In order of their entries.
     segments: Vec<FoundSegment<F>>,
-    replay_from: LogIndex,
 }
 
 struct FoundSegment<F> {
@@ -55,11 +54,7 @@ pub(crate) struct Judged<F> {
 }
 
 /// Reads every segment that the manifest names: footers of sealed ones, all of the others.
-pub(crate) fn find<S: Storage>(
-    storage: &S,
-    state: &State,
-    replay_from: LogIndex,
-) -> Result<Found<S::File>, OpenError> {
+pub(crate) fn find<S: Storage>(storage: &S, state: &State) -> Result<Found<S::File>, OpenError> {
     let mut segments = Vec::with_capacity(state.segments.len());
     for (&id, &entry) in &state.segments {
         let name = file_name(id, entry.generation);
@@ -75,20 +70,23 @@ pub(crate) fn find<S: Storage>(
         segments.push(FoundSegment { id, entry, what });
     }
     segments.sort_by_key(|found| found.entry.first);
-    Ok(Found {
-        segments,
-        replay_from,
-    })
+    Ok(Found { segments })
 }
 
 impl<F: StorageFile> Found<F> {
-    pub fn judge(self, state: &State, report: &mut RecoveryReport) -> Judged<F> {
-        let vouched = self.vouched(state);
+    /// Judges it above a snapshot.
+    pub fn judge(
+        self,
+        state: &State,
+        replay_from: LogIndex,
+        report: &mut RecoveryReport,
+    ) -> Judged<F> {
+        let vouched = self.vouched(state, replay_from);
         let mut judged = Judged {
             retirement: Retirement::new(),
             tables: Tables::new(),
             ended: VecDeque::new(),
-            durable: state.durable.max(self.replay_from),
+            durable: state.durable.max(replay_from),
             predecessor: ([0; 16], 0),
             damage: None,
             cuts: Vec::new(),
@@ -115,7 +113,7 @@ impl<F: StorageFile> Found<F> {
                         first: found.entry.first,
                         last,
                     };
-                    judged.note_damage(range, self.replay_from, state);
+                    judged.note_damage(range, replay_from, state);
                 }
                 What::Scanned(file, scan, cut) => {
                     report.scanned += 1;
@@ -128,8 +126,8 @@ impl<F: StorageFile> Found<F> {
     }
 
     /// The highest index that anything vouches for.
-    fn vouched(&self, state: &State) -> LogIndex {
-        let mut vouched = state.durable.max(self.replay_from);
+    fn vouched(&self, state: &State, replay_from: LogIndex) -> LogIndex {
+        let mut vouched = state.durable.max(replay_from);
         for found in &self.segments {
             if let What::Scanned(_, scan, _) = &found.what {
                 vouched = vouched.max(scan.vouched);

@@ -33,7 +33,7 @@ fn main() {
         ("message", messages()),
         ("record", records()),
         ("queue", queues()),
-        ("state", vec![state()]),
+        ("state", states()),
         ("snapshot", edits_of_snapshots()),
         ("store", edits_of_stores()),
         ("manifest", manifests()),
@@ -455,7 +455,8 @@ fn queues() -> Vec<Vec<u8>> {
     vec![every, life]
 }
 
-fn state() -> Vec<u8> {
+/// A state without retries, and with some, as both formats have them.
+fn states() -> Vec<Vec<u8>> {
     let mut queue = Queue::new(Options::default());
     let batch = batch();
     for (nth, record) in (1..).zip(record_values(&batch)) {
@@ -468,12 +469,36 @@ fn state() -> Vec<u8> {
         };
         queue.apply(place, Stamp(1_000 + nth), &record, &mut Vec::new());
     }
-    let mut out = Vec::new();
+    let mut without = Vec::new();
+    let mut retries = RETRIES_CLASS;
     for (id, chunk) in queue.snapshot().dirty {
-        out.extend_from_slice(&id.to_le_bytes());
-        put_piece(&mut out, &chunk);
+        put_chunk(&mut without, id, &chunk);
+        if id >> 60 == SUBSCRIPTION_CLASS {
+            retries |= id & 0x0fff_ffff << 32;
+        }
     }
-    out
+    let with = |hex: &str| {
+        let mut state = without.clone();
+        put_chunk(&mut state, retries, &of_hex(hex.trim_end()));
+        state
+    };
+    let both = [RETRIES, RETRIES_FORMAT_1].map(with);
+    [vec![without], both.to_vec()].concat()
+}
+
+const RETRIES: &str = include_str!("../../queue/src/tests/snapshot/retries.txt");
+const RETRIES_FORMAT_1: &str = include_str!("../../queue/src/tests/snapshot/retries_format_1.txt");
+const RETRIES_CLASS: u64 = 8 << 60;
+const SUBSCRIPTION_CLASS: u64 = 5;
+
+fn put_chunk(out: &mut Vec<u8>, id: u64, chunk: &[u8]) {
+    out.extend_from_slice(&id.to_le_bytes());
+    put_piece(out, chunk);
+}
+
+fn of_hex(hex: &str) -> Vec<u8> {
+    let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hexadecimal digits");
+    (0..hex.len()).step_by(2).map(byte).collect()
 }
 
 fn edits_of_snapshots() -> Vec<Vec<u8>> {

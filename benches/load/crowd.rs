@@ -7,6 +7,7 @@ use millpond_client::{Client, StartAt, Subscription, SubscriptionConfig};
 
 use crate::args::{Plan, Role};
 use crate::child::Child;
+use crate::floors::synced_rate;
 use crate::proc_stat::anon_bytes;
 use crate::publish::{MESSAGE_BYTES_SMALL, open};
 use crate::raw_quic::{Idle, Raw};
@@ -27,7 +28,7 @@ pub async fn idle_consumers(bench: &Bench<'_>) -> Result<Sample> {
             StartAt::Latest,
         )
         .await?;
-    let floor = raw_each(bench.plan).await?;
+    let raw = RawCrowd::measure(bench.plan).await?;
     let before = anon_bytes(bench.broker.pid)?;
     let crowd: Vec<(Client, Subscription)> = stream::iter(0..count)
         .map(|nth| idle_consumer(bench, nth))
@@ -48,8 +49,9 @@ pub async fn idle_consumers(bench: &Bench<'_>) -> Result<Sample> {
     admin.close().await;
     Ok(with
         .with("kib_each", each / 1_024.0)
-        .with("quinn_kib_each", floor / 1_024.0)
+        .with("quinn_kib_each", raw.bytes_each / 1_024.0)
         .with("publish_ratio", ratio)
+        .with("quinn_publish_ratio", raw.rate_ratio)
         .with("connections", count as f64))
 }
 
@@ -66,33 +68,48 @@ async fn idle_consumer(bench: &Bench<'_>, nth: usize) -> Result<(Client, Subscri
     Ok((client, subscription))
 }
 
-/// Bytes of memory that a connection with as many streams costs by itself.
-async fn raw_each(plan: &Plan) -> Result<f64> {
-    let count = plan.size.connections.min(RAW_MAX);
-    let sink = Child::start(Role::QuinnSink, plan.dir(), plan.mtu).await?;
-    let ca = std::fs::read(&sink.greeting.ca)?;
-    let before = anon_bytes(sink.pid)?;
-    let crowd: Vec<(Raw, Vec<Idle>)> = stream::iter(0..count)
-        .map(|_| async {
-            let raw = Raw::connect(sink.greeting.address, &ca, plan.mtu).await?;
-            let streams = raw.idle(STREAMS).await?;
-            anyhow::Ok((raw, streams))
+/// What as many connections cost a server that is nothing but quinn and a file.
+struct RawCrowd {
+    /// Of memory, with as many streams.
+    bytes_each: f64,
+    /// The rate of messages over another connection, of that without them.
+    rate_ratio: f64,
+}
+
+impl RawCrowd {
+    async fn measure(plan: &Plan) -> Result<Self> {
+        let count = plan.size.connections;
+        let sink = Child::start(Role::QuinnSink, plan.dir(), plan.mtu).await?;
+        let ca = std::fs::read(&sink.greeting.ca)?;
+        let connect = || Raw::connect(sink.greeting.address, &ca, plan.mtu);
+        let beside = connect().await?;
+        let without = synced_rate(&beside, sink.pid, plan).await?;
+        let before = anon_bytes(sink.pid)?;
+        let crowd: Vec<(Raw, Vec<Idle>)> = stream::iter(0..count)
+            .map(|_| async {
+                let raw = connect().await?;
+                let streams = raw.idle(STREAMS).await?;
+                anyhow::Ok((raw, streams))
+            })
+            .buffer_unordered(CONNECTING_MAX)
+            .try_collect()
+            .await?;
+        let after = anon_bytes(sink.pid)?;
+        let with = synced_rate(&beside, sink.pid, plan).await?;
+        let mut leaving = stream::iter(crowd)
+            .map(|(raw, _)| raw.close())
+            .buffer_unordered(CONNECTING_MAX);
+        while leaving.next().await.is_some() {}
+        beside.close().await;
+        sink.stop().await?;
+        Ok(Self {
+            bytes_each: after.saturating_sub(before) as f64 / count as f64,
+            rate_ratio: with / without,
         })
-        .buffer_unordered(CONNECTING_MAX)
-        .try_collect()
-        .await?;
-    let after = anon_bytes(sink.pid)?;
-    let mut leaving = stream::iter(crowd)
-        .map(|(raw, _)| raw.close())
-        .buffer_unordered(CONNECTING_MAX);
-    while leaving.next().await.is_some() {}
-    sink.stop().await?;
-    Ok(after.saturating_sub(before) as f64 / count as f64)
+    }
 }
 
 const TOPIC: &str = "crowd";
-/// Connections of which the cost of one is told well enough.
-const RAW_MAX: usize = 1_000;
 /// For control, deliveries and settlements.
 const STREAMS: usize = 3;
 const CONNECTING_MAX: usize = 32;

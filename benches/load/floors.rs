@@ -129,6 +129,13 @@ impl Floor {
     }
 }
 
+/// The rate of small messages that are answered once they are on disk, over this connection to a sink.
+pub async fn synced_rate(raw: &Raw, server: u32, plan: &Plan) -> Result<f64> {
+    let bench = Bench { raw, server, plan };
+    let sample = bench.windowed(WhenDurable, 128, WINDOW_DEEP).await?;
+    Ok(sample.per_second())
+}
+
 /// A connection to the sink, and what is measured over it.
 struct Bench<'a> {
     raw: &'a Raw,

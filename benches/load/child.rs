@@ -43,6 +43,7 @@ impl Child {
             .arg("--dir")
             .arg(dir)
             .args(["--mtu", &mtu.to_string()])
+            .env_remove(crate::TUNABLES)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .kill_on_drop(true)

@@ -139,10 +139,10 @@ impl<'a> Writer<'a> {
         let known = self.consumers.len() as u64;
         let columns = self.columns_of(row);
         let differs = |nth: &usize| columns[*nth] != self.columns[*nth];
-        let differing: Vec<usize> = (0..COLUMNS).filter(differs).collect();
-        let mask = differing.iter().fold(0_u32, |mask, nth| mask | 1 << nth);
+        let mask = (0..COLUMNS).filter(differs);
+        let mask = mask.fold(0_u32, |mask, nth| mask | 1 << nth);
         self.put(&mask);
-        for nth in differing {
+        for nth in (0..COLUMNS).filter(|nth| mask & 1 << nth != 0) {
             self.put(&(columns[nth].wrapping_sub(self.columns[nth]) as i64));
         }
         self.columns = columns;

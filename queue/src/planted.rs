@@ -24,6 +24,8 @@ pub enum Bug {
     DueOneEarly,
     /// Waits are half as long as the policy says.
     BackoffHalved,
+    /// What happens to a retry while a snapshot is told is in that snapshot already.
+    SnapshotMoves,
     /// After a restart all retries are due.
     RestartForgetsDue,
     /// After a restart every message that failed has failed once more.

@@ -21,7 +21,8 @@ use millpond_protocol::{
 };
 
 use crate::{
-    Effect, Options, Outcome, Place, Proposal, Queue, Record, Refusal, SettleEntry, StartPosition,
+    Effect, Options, Outcome, Place, Proposal, Queue, Record, Refusal, SettleEntry, SnapshotDelta,
+    StartPosition,
 };
 
 /// A message as it was handed out.
@@ -378,17 +379,27 @@ impl Rig {
             .collect()
     }
 
-    /// Folds the log again: whole, and from a snapshot in its middle.
+    /// Folds the log again: whole, and from a snapshot begun in its middle and told while the rest is folded.
     fn check_replay(&mut self) {
         let want = whole(&mut self.queue);
         let mut again = Queue::new(self.queue.options.clone());
         let mut half = Vec::new();
         for (at, logged) in self.log.iter().enumerate() {
             if at == self.log.len() / 2 {
-                half = again.snapshot().dirty;
+                again.begin_snapshot();
             }
             fold(&mut again, logged);
+            if at % 3 == 0
+                && let Some(delta) = again.tell_snapshot(1)
+            {
+                half = delta.dirty;
+            }
         }
+        half.extend(
+            end_of_snapshot(&mut again)
+                .into_iter()
+                .flat_map(|delta| delta.dirty),
+        );
         assert_eq!(
             whole(&mut again),
             want,
@@ -423,7 +434,18 @@ fn fold(queue: &mut Queue, logged: &Logged) {
     queue.apply(logged.place, logged.stamp, &record, &mut Vec::new());
 }
 
+/// What is left of a snapshot that was begun, if one was.
+fn end_of_snapshot(queue: &mut Queue) -> Option<SnapshotDelta> {
+    while queue.dirty.telling.is_some() {
+        if let Some(delta) = queue.tell_snapshot(usize::MAX) {
+            return Some(delta);
+        }
+    }
+    None
+}
+
 fn whole(queue: &mut Queue) -> Vec<(u64, Bytes)> {
+    let _ = end_of_snapshot(queue);
     queue.dirty = Default::default();
     queue.snapshot().dirty
 }

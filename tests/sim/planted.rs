@@ -36,6 +36,7 @@ const BUGS: &[(Bug, &[Invariant])] = &[
     (Bug::Core(core::Bug::DoneNotInSnapshot), &[I7]),
     (Bug::Core(core::Bug::DueOneEarly), &[I5]),
     (Bug::Core(core::Bug::BackoffHalved), &[I5]),
+    (Bug::Core(core::Bug::SnapshotMoves), &[I6]),
     (Bug::Core(core::Bug::RestartForgetsDue), &[I5]),
     (Bug::Core(core::Bug::RestartCharges), &[I6]),
     (Bug::Core(core::Bug::AttemptCountedTwice), &[I6]),

@@ -315,9 +315,12 @@ impl Queue {
     pub(super) fn remove_subscription(&mut self, id: SubscriptionId, out: &mut Vec<Effect>) {
         self.revoke(id, 0, u64::MAX, LostReason::Deleted, out);
         self.forget_waiting(id);
-        let Some(sub) = self.subscriptions.remove(&id) else {
+        let Some(mut sub) = self.subscriptions.remove(&id) else {
             return;
         };
+        if let Some(telling) = &mut self.dirty.telling {
+            telling.add(id, sub.retries.take_told());
+        }
         let at = |at| dirty::sets(id, at);
         let sets = [&sub.done, &sub.again, &sub.reopened, &sub.parked];
         for key in sets.iter().flat_map(|set| set.chunk_keys()) {

@@ -5,13 +5,33 @@
 
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
 use millpond_protocol::{ProducerKey, SubscriptionId, TopicId};
+
+use crate::effect::SnapshotDelta;
 
 #[derive(Debug, Default)]
 pub struct Dirty {
     marked: BTreeSet<u64>,
     /// Chunks that the snapshots so far hold; `None` before the first.
     pub known: Option<BTreeSet<u64>>,
+    /// The snapshot that was begun and is not told to its end.
+    pub telling: Option<Telling>,
+}
+
+#[derive(Debug, Default)]
+pub struct Telling {
+    pub delta: SnapshotDelta,
+    /// Which have shelves that are held for it, or told and not in it.
+    pub subscriptions: BTreeSet<SubscriptionId>,
+}
+
+impl Telling {
+    /// Takes what was told of a subscription's retries.
+    pub fn add(&mut self, id: SubscriptionId, told: impl Iterator<Item = (u64, Bytes)>) {
+        let told = told.map(|(first, chunk)| (retries(id, first), chunk));
+        self.delta.dirty.extend(told);
+    }
 }
 
 impl Dirty {

@@ -19,9 +19,9 @@ use serde::{Deserialize, Serialize};
 use crate::effect::{Place, SnapshotDelta};
 use crate::planted::{self, Bug};
 use crate::queue::Queue;
-use crate::state::dirty::{self, ENTRIES_SHIFT, ROWS_SHIFT, SETS_SHIFT};
+use crate::state::dirty::{self, ENTRIES_SHIFT, ROWS_SHIFT, SETS_SHIFT, Telling};
 use crate::state::offset_set::OffsetSet;
-use crate::state::redelivery::Answer;
+use crate::state::redelivery::{Answer, Retries};
 use crate::state::topic::Topic;
 
 /// The format that this version writes. The one before had retries otherwise, see `retries/format_1.rs`.
@@ -181,31 +181,81 @@ struct ProducerChunk {
 }
 
 impl Queue {
-    /// Chunks that changed since the last call; all of them the first time.
+    /// Chunks that changed since the last snapshot; all of them the first time.
     pub fn snapshot(&mut self) -> SnapshotDelta {
+        self.begin_snapshot();
+        loop {
+            if let Some(delta) = self.tell_snapshot(usize::MAX) {
+                return delta;
+            }
+        }
+    }
+
+    /// Begins a snapshot of the state as it stands, which [`tell_snapshot`](Self::tell_snapshot) returns. Panics while
+    /// another is not told to its end.
+    pub fn begin_snapshot(&mut self) {
+        assert!(self.dirty.telling.is_none(), "one snapshot at a time");
         let mut known = self.dirty.known.take();
         let mut dirty = self.dirty.take();
         if known.is_none() {
             dirty = self.all_chunks();
         }
         dirty.insert(dirty::META);
-        let mut delta = SnapshotDelta::default();
+        let mut telling = Telling::default();
         let known_now = known.get_or_insert_with(BTreeSet::new);
         for id in dirty {
-            match self.chunk(id) {
+            let chunk = match dirty::is_retries(id) {
+                true => self.hold_shelf(id, &mut telling).then_some(None),
+                false => self.chunk(id).map(Some),
+            };
+            match chunk {
                 Some(bytes) => {
                     known_now.insert(id);
-                    delta.dirty.push((id, bytes));
+                    telling.delta.dirty.extend(bytes.map(|bytes| (id, bytes)));
                 }
                 None => {
                     if known_now.remove(&id) {
-                        delta.removed.push(id);
+                        telling.delta.removed.push(id);
                     }
                 }
             }
         }
         self.dirty.known = known;
-        delta
+        self.dirty.telling = Some(telling);
+    }
+
+    /// Goes on with the snapshot that was begun, by so many shelves of retries at most, 512 offsets each, which are
+    /// the most of a large state. `None`: it is not told to its end.
+    pub fn tell_snapshot(&mut self, mut most: usize) -> Option<SnapshotDelta> {
+        let telling = self.dirty.telling.as_mut()?;
+        while let Some(&id) = telling.subscriptions.first() {
+            // What was told of one that is gone was taken when it went.
+            if let Some(sub) = self.subscriptions.get_mut(&id) {
+                most -= sub.retries.tell(most);
+                telling.add(id, sub.retries.take_told());
+                if sub.retries.holds() {
+                    return None;
+                }
+            }
+            telling.subscriptions.remove(&id);
+        }
+        let mut delta = self.dirty.telling.take()?.delta;
+        delta.dirty.sort_unstable_by_key(|(id, _)| *id);
+        Some(delta)
+    }
+
+    /// A chunk of retries is to be told as it stands; false if nothing is in it.
+    fn hold_shelf(&mut self, chunk: u64, telling: &mut Telling) -> bool {
+        let id = SubscriptionId(dirty::entity(chunk));
+        let Some(sub) = self.subscriptions.get_mut(&id) else {
+            return false;
+        };
+        let first = shelf_of(chunk, &sub.retries);
+        let is_there = first.is_some_and(|first| sub.retries.hold(first));
+        if is_there {
+            telling.subscriptions.insert(id);
+        }
+        is_there
     }
 
     /// The whole state as chunks by id, as a first snapshot would hold it; equal states give equal bytes.
@@ -434,7 +484,8 @@ impl Queue {
 
     fn retries_chunk(&self, id: SubscriptionId, part: u64) -> Option<Bytes> {
         let retries = &self.subscriptions.get(&id)?.retries;
-        let (first, end) = span(part, ENTRIES_SHIFT, retries.shelves().next()?);
+        let first = shelf_of(part, retries)?;
+        let end = first.saturating_add(1 << ENTRIES_SHIFT);
         if let Some(told) = retries.chunk(first) {
             return Some(told);
         }
@@ -493,6 +544,12 @@ fn key_of(part: u64, next: u64, sets: &[&OffsetSet]) -> Option<u64> {
     let candidates = [near, near.wrapping_sub(1 << 32)];
     let has = |key: &u64| sets.iter().any(|set| !set.chunk_bytes(*key).is_empty());
     candidates.into_iter().filter(wrapped).find(has)
+}
+
+/// The first offset of the shelf that a chunk, or its part, is of.
+fn shelf_of(chunk: u64, retries: &Retries) -> Option<u64> {
+    let around = retries.shelves().next()?;
+    Some(span(chunk & 0xffff_ffff, ENTRIES_SHIFT, around).0)
 }
 
 /// The offsets of a part, near `around`: parts wrap at 2^32.

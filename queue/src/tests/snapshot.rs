@@ -155,7 +155,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
     // DESIGN 2: the rig folds every history again, whole and from a snapshot. Here also the chunks of
-    // every delta, laid over one another, must be the whole snapshot.
+    // every delta, laid over one another, must be the whole snapshot as the state stood when the last delta
+    // was begun, whatever has happened while it was told.
     #[test]
     fn any_history_folds_to_the_same_state(
         steps in proptest::collection::vec((0u8..18, 0u64..12, 0u64..1_000_000), 1..60),
@@ -168,15 +169,29 @@ proptest! {
         let config = SubscriptionConfig { max_attempts: 3, max_age_ms: Some(60_000), ..plain() };
         let subs = [rig.sub_with(topic, "a", config), rig.sub(topic, "b")];
         let mut kept: BTreeMap<u64, Bytes> = BTreeMap::new();
+        let mut want = Vec::new();
         for (n, (what, a, b)) in steps.into_iter().enumerate() {
-            step(&mut rig, subs, what, a, b);
             if n % 5 == 0 {
-                let delta = rig.queue.snapshot();
+                want = rig.queue.chunks();
+                rig.queue.begin_snapshot();
+            }
+            step(&mut rig, subs, what, a, b);
+            let delta = match n % 5 {
+                4 => end_of_snapshot(&mut rig.queue),
+                _ => rig.queue.tell_snapshot(1),
+            };
+            if let Some(delta) = delta {
                 kept.extend(delta.dirty);
                 for removed in delta.removed {
                     prop_assert!(kept.remove(&removed).is_some());
                 }
+                let told: Vec<_> = kept.iter().map(|(id, chunk)| (*id, chunk.clone())).collect();
+                prop_assert_eq!(&told, &want);
             }
+        }
+        if let Some(delta) = end_of_snapshot(&mut rig.queue) {
+            kept.extend(delta.dirty);
+            delta.removed.iter().for_each(|removed| { kept.remove(removed); });
         }
         let delta = rig.queue.snapshot();
         kept.extend(delta.dirty);
@@ -208,6 +223,43 @@ fn the_first_snapshot_after_a_restore_takes_away_what_is_gone() {
     let again = Queue::restore(Options::default(), held.into_iter()).unwrap();
     again.check_invariants();
     assert_eq!(again.subscription_view(sub, rig.now).unwrap().backlog, 0);
+}
+
+/// Each of them may change a shelf, or take it away, while a snapshot waits to tell it.
+#[test]
+fn a_snapshot_tells_retries_as_they_stood_when_it_was_begun() {
+    for what in 0..6 {
+        let mut rig = Rig::new();
+        let topic = rig.topic("t");
+        let sub = rig.sub(topic, "s");
+        rig.publish(topic, 2_000);
+        rig.consumer(sub, 1, 2_000);
+        rig.run();
+        for offset in (0..1_900).step_by(50) {
+            rig.nack(sub, 1, offset, 1);
+        }
+        let want = rig.queue.chunks();
+        rig.queue.begin_snapshot();
+        let outcome = match what {
+            0 => rig.nack(sub, 1, 1_925, 1),
+            1 => {
+                // They come back, and one of them is finished.
+                rig.run_for(60_000);
+                rig.acks(sub, 1, &[(50, 2, 1)])
+            }
+            2 => rig.end(1),
+            3 => rig.apply(&Record::SubscriptionDelete { subscription: sub }),
+            4 => rig.apply(&Record::TopicPurge { topic }),
+            _ => rig.apply(&Record::SubscriptionSeek {
+                subscription: sub,
+                to: StartPosition::At(Offset(0)),
+            }),
+        };
+        assert!(!matches!(outcome, Outcome::Error(_)), "{outcome:?}");
+        let told = end_of_snapshot(&mut rig.queue).unwrap();
+        assert!(told.removed.is_empty());
+        assert_eq!(told.dirty, want, "{what}");
+    }
 }
 
 #[test]

@@ -125,7 +125,8 @@ impl World {
                 }
                 self.restart();
             }
-            Kind::Snapshot => self.take_snapshot(),
+            Kind::Snapshot if a.is_multiple_of(2) => self.take_snapshot(),
+            Kind::Snapshot => self.begin_snapshot(),
             Kind::Token => self.token(a, b),
             Kind::Hold => {
                 self.model.holding = a.is_multiple_of(2);

@@ -21,6 +21,8 @@ pub struct World {
     /// The latest bytes of every chunk, and how much of the log they cover.
     chunks: BTreeMap<u64, Bytes>,
     covered: usize,
+    /// How much of the log the snapshot covers that is being told.
+    telling: Option<usize>,
     pub recovery_epoch: u32,
     pub sessions_opened: u32,
     /// Leases that once were, for late settlements.
@@ -58,6 +60,7 @@ impl World {
             log: Vec::new(),
             chunks: BTreeMap::new(),
             covered: 0,
+            telling: None,
             recovery_epoch: 1,
             sessions_opened: 0,
             past: Vec::new(),
@@ -118,6 +121,9 @@ impl World {
             outcome: outcome.clone(),
             effects,
         });
+        if number.is_multiple_of(4) {
+            self.tell_snapshot(1);
+        }
         outcome
     }
 
@@ -197,9 +203,25 @@ impl World {
     }
 
     pub fn take_snapshot(&mut self) {
-        let delta = self.core.snapshot();
-        merge(&mut self.chunks, delta);
-        self.covered = self.log.len();
+        self.begin_snapshot();
+        self.tell_snapshot(usize::MAX);
+    }
+
+    /// It is told while the world goes on, a shelf of retries at a time.
+    pub fn begin_snapshot(&mut self) {
+        self.tell_snapshot(usize::MAX);
+        self.core.begin_snapshot();
+        self.telling = Some(self.log.len());
+    }
+
+    fn tell_snapshot(&mut self, shelves: usize) {
+        if let Some(covered) = self.telling
+            && let Some(delta) = self.core.tell_snapshot(shelves)
+        {
+            merge(&mut self.chunks, delta);
+            self.covered = covered;
+            self.telling = None;
+        }
     }
 
     /// A crash or a stop: all that is volatile is lost, and what was proposed.

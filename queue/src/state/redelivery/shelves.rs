@@ -4,6 +4,9 @@
 //! comes due. So a start with a million entries makes none of them. Invariants: no shelf is empty; a waiting entry
 //! of an open shelf is in exactly one of `due` and `alone`, and those of a closed one are in neither; no closed
 //! shelf has an entry that may have to be delivered alone. `bytes` is what all entries take once they are open.
+//!
+//! A snapshot holds the shelves that it wants and is told them a few at a time: whatever changes a shelf that is
+//! held tells it first, so that all are told as they stood when they were held.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::OnceLock;
@@ -13,8 +16,9 @@ use millpond_protocol::{SessionId, Stamp};
 
 use super::Retry;
 use crate::effect::Place;
+use crate::planted::{self, Bug};
 use crate::state::dirty::ENTRIES_SHIFT;
-use crate::state::snapshot::retries::{entries_of, glances_of};
+use crate::state::snapshot::retries::{self, entries_of, glances_of};
 
 #[derive(Debug, Default)]
 pub struct Retries {
@@ -28,6 +32,10 @@ pub struct Retries {
     /// See `take_opened`.
     opened: bool,
     bytes: u64,
+    /// Open shelves that are to be told as they stand.
+    held: BTreeSet<u64>,
+    /// Those that were told, with what was on them.
+    told: Vec<(u64, Bytes)>,
 }
 
 #[derive(Debug)]
@@ -269,8 +277,57 @@ impl Retries {
         std::mem::take(&mut self.opened)
     }
 
+    /// The shelf that begins at this offset is to be told as it stands; false if there is none.
+    pub fn hold(&mut self, first: u64) -> bool {
+        let shelf = shelf_of(first);
+        match self.shelves.get(&shelf) {
+            None => return false,
+            Some(Shelf::Closed(closed)) => self.told.push((shelf, closed.chunk.clone())),
+            Some(Shelf::Open(_)) => {
+                self.held.insert(shelf);
+            }
+        }
+        true
+    }
+
+    /// Whether shelves are held that were not told.
+    pub fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Tells as many of the shelves that are held, at most; returns how many.
+    pub fn tell(&mut self, most: usize) -> usize {
+        let mut count = 0;
+        while count < most
+            && let Some(&shelf) = self.held.first()
+        {
+            self.tell_shelf(shelf);
+            count += 1;
+        }
+        count
+    }
+
+    /// What was told since this was asked: the first offset of each shelf, and its chunk.
+    pub fn take_told(&mut self) -> impl Iterator<Item = (u64, Bytes)> {
+        let told = std::mem::take(&mut self.told).into_iter();
+        told.map(|(shelf, chunk)| (shelf << ENTRIES_SHIFT, chunk))
+    }
+
+    fn tell_shelf(&mut self, shelf: u64) {
+        if !self.held.remove(&shelf) {
+            return;
+        }
+        let entries = self.shelves.get(&shelf).map(Shelf::entries);
+        let entries = entries.into_iter().flatten();
+        let chunk = retries::shelf(entries.map(|(offset, retry)| (*offset, &**retry)));
+        self.told.extend(chunk.map(|chunk| (shelf, chunk)));
+    }
+
     /// A shelf's entries, to change them.
     fn open(&mut self, shelf: u64) -> Option<&mut Entries> {
+        if !planted::is(Bug::SnapshotMoves) {
+            self.tell_shelf(shelf);
+        }
         let held = self.shelves.get_mut(&shelf)?;
         if let Shelf::Closed(closed) = held {
             let entries = closed.entries.take().unwrap_or_else(|| closed.read());
@@ -304,7 +361,12 @@ impl Retries {
     }
 
     pub fn clear(&mut self) {
-        *self = Self::default();
+        self.tell(usize::MAX);
+        let told = std::mem::take(&mut self.told);
+        *self = Self {
+            told,
+            ..Self::default()
+        };
     }
 
     pub fn iter(&self) -> impl Iterator<Item = (u64, &Retry)> {
@@ -454,6 +516,11 @@ impl Retries {
         assert_eq!(closed_waiting, self.closed_waiting, "what waits is counted");
         let bytes: u64 = self.iter().map(|(_, retry)| retry.bytes()).sum();
         assert_eq!(bytes, self.bytes, "retry state is counted");
+        let is_open = |shelf| matches!(self.shelves.get(shelf), Some(Shelf::Open(_)));
+        assert!(
+            self.held.iter().all(is_open),
+            "what is held has not been told"
+        );
     }
 }
 

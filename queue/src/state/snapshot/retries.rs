@@ -104,7 +104,9 @@ pub(in crate::state) fn glances_of(shelf: &[u8]) -> impl Iterator<Item = Option<
 }
 
 /// The bytes of a shelf with these entries; none without any.
-pub(super) fn shelf<'a>(entries: impl Iterator<Item = (u64, &'a Retry)>) -> Option<Bytes> {
+pub(in crate::state) fn shelf<'a>(
+    entries: impl Iterator<Item = (u64, &'a Retry)>,
+) -> Option<Bytes> {
     rows::write(entries.map(|(offset, retry)| row(offset, retry)))
 }
 

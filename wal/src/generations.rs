@@ -17,9 +17,15 @@ use crate::snapshot::{Base, ChunkId, Snapshot, SnapshotDone, SnapshotJob};
 use crate::storage::Storage;
 
 impl<S: Storage> Log<S> {
-    /// A snapshot of the state at `index`, which must be all that is applied: the chunks that changed
-    /// since the last installed snapshot (all of them if there is none), and the ids of those that are
-    /// gone. Seals up to there first, inline. Run the job on a background thread, one at a time.
+    /// Whether every segment that begins at or before this entry has its directory.
+    pub fn is_sealed_to(&self, index: LogIndex) -> bool {
+        let tables = self.tables.read();
+        tables.open().next().is_none_or(|open| open.first > index)
+    }
+
+    /// A snapshot of the state at `index`, which must be applied, and the last of its segment or of all: the chunks
+    /// that changed since the last installed snapshot (all of them if there is none), and the ids of those that are
+    /// gone. Seals up to there first, inline, unless that was done. Run the job on a background thread, one at a time.
     pub fn snapshot_job(
         &mut self,
         index: LogIndex,
@@ -27,8 +33,9 @@ impl<S: Storage> Log<S> {
         removed: Vec<ChunkId>,
     ) -> Result<SnapshotJob<S>, LogError> {
         self.check_writable()?;
+        let is_sealed = planted::is(Bug::SnapshotWithoutDirectory) || self.is_sealed_to(index);
         // Blank entries behind it change no state.
-        let index = if index >= self.last_normal {
+        let index = if !is_sealed && index >= self.last_normal {
             self.durable
         } else {
             index
@@ -36,21 +43,14 @@ impl<S: Storage> Log<S> {
         if index > self.applied {
             return Err(LogError::SnapshotTooNew { index });
         }
-        let without = planted::is(Bug::SnapshotWithoutDirectory);
-        if index == self.durable && !without {
-            self.end_active();
-        }
-        if !without {
+        if !is_sealed {
+            if index == self.durable {
+                self.end_active();
+            }
             self.seal_ended(0)?;
-        }
-        let unsealed = self
-            .tables
-            .read()
-            .open()
-            .next()
-            .map(|segment| segment.first);
-        if unsealed.is_some_and(|first| first <= index) && !without {
-            return Err(LogError::SnapshotTooNew { index });
+            if !self.is_sealed_to(index) {
+                return Err(LogError::SnapshotTooNew { index });
+            }
         }
         let base = self.newest_snapshot.as_ref().map(|state| Base {
             state,

@@ -23,6 +23,8 @@ const UPKEEP_EVERY_US: u64 = 1_000_000;
 const CLEAN_LIVE_PERCENT: u64 = 25;
 /// A nack or another end of a lease takes as long to replay as so many bytes of messages, at least.
 const REPLAY_BYTES_OF_ITEM: u64 = 256;
+/// Shelves of retries that a round tells a snapshot, at most: 512 retries each, at 0.1 us each.
+const SHELVES_TOLD_MAX: usize = 8;
 /// Runs of messages that one look for something to do lets go, at most; 16 bytes of log each.
 const LET_GO_RUNS_MAX: usize = 4_096;
 
@@ -67,6 +69,8 @@ pub(super) struct Maintenance {
     /// What a start would replay, in bytes of messages that take as long.
     bytes_since_snapshot: u64,
     snapshot_running: bool,
+    /// The snapshot that was begun and waits for its job.
+    telling: Option<Telling>,
     /// What the running snapshot has: to be written again if it fails.
     snapshot_chunks: Vec<u64>,
     seal_running: bool,
@@ -74,6 +78,13 @@ pub(super) struct Maintenance {
     clean_running: bool,
     unlink_running: bool,
     next_us: u64,
+}
+
+/// A snapshot that is not complete: of the state behind this entry, and what was told when it was.
+#[derive(Debug)]
+struct Telling {
+    index: millpond_wal::LogIndex,
+    delta: Option<SnapshotDelta>,
 }
 
 impl Maintenance {
@@ -94,6 +105,13 @@ impl Maintenance {
     }
 
     pub(super) fn wait_us(&self, clock_us: u64) -> u64 {
+        if self
+            .telling
+            .as_ref()
+            .is_some_and(|telling| telling.delta.is_none())
+        {
+            return 0;
+        }
         self.next_us
             .saturating_sub(clock_us)
             .clamp(1, UPKEEP_EVERY_US)
@@ -106,8 +124,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         if self.gates.read_only {
             return Ok(());
         }
+        self.tell_snapshot(out)?;
         if self.maintenance.bytes_since_snapshot >= self.maintenance.snapshot_every_bytes {
-            self.plan_snapshot(out)?;
+            self.begin_snapshot()?;
         }
         self.plan_seal(out);
         let clock_us = self.stamper.clock().boottime_us();
@@ -199,13 +218,38 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
     }
 
-    fn plan_snapshot(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+    /// Of the state as it stands. The segment ends here, so that it can be sealed up to here by a job.
+    fn begin_snapshot(&mut self) -> Result<(), Fatal> {
         if self.maintenance.snapshot_running {
             return Ok(());
         }
         self.maintenance.snapshot_running = true;
         self.maintenance.bytes_since_snapshot = 0;
-        let SnapshotDelta { dirty, removed } = self.queue.snapshot();
+        self.log.roll()?;
+        self.queue.begin_snapshot();
+        self.maintenance.telling = Some(Telling {
+            index: self.log.durable(),
+            delta: None,
+        });
+        Ok(())
+    }
+
+    /// A part of it in every round, so that none waits for all. The job follows once the log is sealed that far.
+    fn tell_snapshot(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
+        let Some(telling) = &mut self.maintenance.telling else {
+            return Ok(());
+        };
+        let index = telling.index;
+        if telling.delta.is_none() {
+            telling.delta = self.queue.tell_snapshot(SHELVES_TOLD_MAX);
+        }
+        if !self.log.is_sealed_to(index) {
+            return Ok(());
+        }
+        let Some(SnapshotDelta { dirty, removed }) = telling.delta.take() else {
+            return Ok(());
+        };
+        self.maintenance.telling = None;
         let chunks = dirty.iter().map(|(id, _)| id).chain(&removed);
         self.maintenance.snapshot_chunks = chunks.copied().collect();
         let dirty = dirty
@@ -213,7 +257,6 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             .map(|(id, bytes)| (ChunkId(id), bytes))
             .collect();
         let removed = removed.into_iter().map(ChunkId).collect();
-        let index = self.log.durable();
         let job = self.log.snapshot_job(index, dirty, removed)?;
         out.jobs.push(Job::Snapshot(job));
         Ok(())

@@ -333,8 +333,10 @@ fn a_snapshot_follows_many_nacks_although_they_are_few_bytes() {
         assert!(nacks <= 4_096, "a mebibyte by what they take to replay");
         let mut out = Outbox::default();
         rig.shard.upkeep(&mut out).unwrap();
-        let jobs = out.jobs.iter();
-        snapshots = jobs.filter(|job| matches!(job, Job::Snapshot(_))).count();
+        for job in out.jobs {
+            snapshots += usize::from(matches!(job, Job::Snapshot(_)));
+            rig.shard.job_done(job.run()).unwrap();
+        }
     }
 }
 

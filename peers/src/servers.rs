@@ -11,8 +11,10 @@ pub mod redis;
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
+use tokio::time::timeout;
 
 use crate::args::Args;
 use crate::load::Workload;
@@ -120,11 +122,24 @@ impl Runs<'_> {
             .prefix("millpond-peers-")
             .tempdir()
             .context("no temporary folder can be made")?;
-        let peer = P::start(durability, dir.path()).await?;
+        let peer = within("start", START_MAX, P::start(durability, dir.path())).await?;
         let found = workload.measure(&peer, self.args.time()).await;
-        peer.stop().await?;
-        found
+        let stopped = within("stop", STOP_MAX, peer.stop()).await;
+        let found = found?;
+        stopped?;
+        Ok(found)
     }
+}
+
+/// A server that takes a connection and then says nothing holds up its own measurement, and no other. Its
+/// process ends with what is dropped here.
+async fn within<T>(
+    what: &str,
+    limit: Duration,
+    step: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let result = timeout(limit, step).await;
+    result.with_context(|| format!("it did not {what} within {limit:?}"))?
 }
 
 fn line(
@@ -152,4 +167,22 @@ fn open_to_all(dir: &Path) -> Result<()> {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o777))?;
     Ok(())
+}
+
+/// To serve, and to have what the load needs.
+const START_MAX: Duration = Duration::from_secs(60);
+/// To end by itself, or by force.
+const STOP_MAX: Duration = Duration::from_secs(40);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_left_out() {
+        let silent = std::future::pending::<Result<()>>();
+        let limit = Duration::from_millis(1);
+        let error = within("start", limit, silent).await.unwrap_err();
+        assert_eq!(error.to_string(), "it did not start within 1ms");
+    }
 }

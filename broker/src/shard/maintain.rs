@@ -74,6 +74,8 @@ pub(super) struct Maintenance {
     /// What the running snapshot has: to be written again if it fails.
     snapshot_chunks: Vec<u64>,
     seal_running: bool,
+    /// Not before, after one that failed.
+    next_seal_us: u64,
     spare_running: bool,
     clean_running: bool,
     unlink_running: bool,
@@ -88,10 +90,10 @@ struct Telling {
 }
 
 impl Maintenance {
-    pub(super) fn new(snapshot_every_bytes: u64, replayed_bytes: u64) -> Self {
+    pub(super) fn new(snapshot_every_bytes: u64, bytes_since_snapshot: u64) -> Self {
         Self {
             snapshot_every_bytes,
-            bytes_since_snapshot: replayed_bytes,
+            bytes_since_snapshot,
             ..Self::default()
         }
     }
@@ -100,8 +102,9 @@ impl Maintenance {
         self.bytes_since_snapshot += bytes;
     }
 
-    pub(super) fn note_items(&mut self, items: usize) {
-        self.bytes_since_snapshot += items as u64 * REPLAY_BYTES_OF_ITEM;
+    /// A record was put into the log that takes longer to replay than its bytes tell.
+    pub(super) fn note_replay(&mut self, bytes: u64) {
+        self.bytes_since_snapshot += bytes;
     }
 
     pub(super) fn wait_us(&self, clock_us: u64) -> u64 {
@@ -115,6 +118,14 @@ impl Maintenance {
         self.next_us
             .saturating_sub(clock_us)
             .clamp(1, UPKEEP_EVERY_US)
+    }
+}
+
+/// What a record takes to replay beside its bytes.
+pub(super) fn replay_bytes(record: &Record<'_>) -> u64 {
+    match record {
+        Record::Settle { items, .. } => items.len() as u64 * REPLAY_BYTES_OF_ITEM,
+        _ => 0,
     }
 }
 
@@ -171,11 +182,13 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             // Sealed by an append in the meantime, and cleaned or removed after that.
             Done::Seal(Err(error)) if error.source.kind() == ErrorKind::NotFound => {
                 self.maintenance.seal_running = false;
+                self.seal_later();
             }
             Done::Seal(result) => {
                 self.maintenance.seal_running = false;
-                if let Some(done) = unless_full(result, "a segment could not be sealed")? {
-                    unless_overtaken(self.log.install_sealed(done))?;
+                match unless_full(result, "a segment could not be sealed")? {
+                    Some(done) => unless_overtaken(self.log.install_sealed(done))?,
+                    None => self.seal_later(),
                 }
             }
             Done::Spare(result) => {
@@ -200,8 +213,14 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         Ok(())
     }
 
+    fn seal_later(&mut self) {
+        let clock_us = self.stamper.clock().boottime_us();
+        self.maintenance.next_seal_us = clock_us + UPKEEP_EVERY_US;
+    }
+
     fn plan_seal(&mut self, out: &mut Outbox<S>) {
         if !self.maintenance.seal_running
+            && self.stamper.clock().boottime_us() >= self.maintenance.next_seal_us
             && let Some(job) = self.log.seal_job()
         {
             self.maintenance.seal_running = true;

@@ -438,9 +438,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 self.group.push(stamp.0, kind, &[&header, messages]);
             }
             other => {
-                if let Record::Settle { items, .. } = other {
-                    self.maintenance.note_items(items.len());
-                }
+                self.maintenance.note_replay(maintain::replay_bytes(other));
                 other.encode(&mut self.scratch);
                 self.group.push(stamp.0, kind, &[&self.scratch]);
             }

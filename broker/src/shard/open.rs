@@ -11,7 +11,7 @@ use millpond_wal::{
 };
 
 use super::answer::{Origin, row_of};
-use super::maintain::{Maintenance, place_of};
+use super::maintain::{Maintenance, place_of, replay_bytes};
 use super::{Gates, Shard};
 use crate::clock::{Clock, Stamper};
 
@@ -47,6 +47,8 @@ pub struct Recovered {
     pub replayed_records: u64,
     pub replayed_bytes: u64,
     pub damaged: bool,
+    /// What the replay took, in bytes of messages that take as long.
+    replay_cost: u64,
 }
 
 impl<S: Storage, C: Clock> Shard<S, C> {
@@ -70,6 +72,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             gap: millpond_wal::LogIndex::NONE,
             records: 0,
             bytes: 0,
+            cost: 0,
             effects: Vec::new(),
         };
         let end = fold.replay(&mut opened.log)?;
@@ -79,6 +82,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             replayed_records: fold.records,
             replayed_bytes: fold.bytes,
             damaged,
+            replay_cost: fold.cost,
         };
         let stamper = Stamper::restore(clock, saved_clock, fold.last);
         let shard = Self::assemble(
@@ -101,7 +105,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let group = log.new_group();
         let expected_us = stamper.clock().boottime_us();
         let mut shard = Self {
-            maintenance: Maintenance::new(snapshot_every_bytes, recovered.replayed_bytes),
+            maintenance: Maintenance::new(snapshot_every_bytes, recovered.replay_cost),
             gates: Gates {
                 read_only: recovered.damaged,
                 ..Gates::default()
@@ -145,6 +149,7 @@ struct Fold {
     last: Stamp,
     records: u64,
     bytes: u64,
+    cost: u64,
     effects: Vec<Effect>,
 }
 
@@ -226,7 +231,9 @@ impl Fold {
         let place = place_of(record.place);
         self.last = Stamp(record.stamp);
         self.records += 1;
-        self.bytes += record.body.len() as u64;
+        let bytes = record.body.len() as u64;
+        self.bytes += bytes;
+        self.cost += bytes + replay_bytes(&decoded);
         self.effects.clear();
         let outcome = self
             .queue

@@ -108,7 +108,7 @@ impl ClientBuilder {
         self
     }
 
-    /// The largest UDP payload to try, 1,200 to 6,400 bytes; default 1,452, which fits every
+    /// The largest UDP payload to try and to take, 1,200 to 6,400 bytes; default 1,452, which fits every
     /// Ethernet. More is for networks with jumbo frames.
     #[must_use]
     pub fn max_mtu(mut self, bytes: u16) -> Self {

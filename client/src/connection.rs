@@ -54,6 +54,7 @@ pub struct Dialer {
     address: Address,
     hello: Hello,
     config: ClientConfig,
+    max_mtu: u16,
     /// One socket per address family, made when first needed.
     endpoints: Mutex<[Option<Endpoint>; 2]>,
 }
@@ -66,6 +67,7 @@ impl Dialer {
             address,
             hello,
             config,
+            max_mtu,
             endpoints: Mutex::new([None, None]),
         }
     }
@@ -149,7 +151,7 @@ impl Dialer {
         if let Some(endpoint) = slot {
             return Ok(endpoint.clone());
         }
-        let made = bind(remote.is_ipv6())
+        let made = bind(remote.is_ipv6(), self.max_mtu)
             .map_err(|error| Error::Connect(format!("no UDP socket can be opened: {error}")))?;
         Ok(slot.insert(made).clone())
     }
@@ -222,7 +224,18 @@ fn transport(max_mtu: u16) -> TransportConfig {
     config
 }
 
-fn bind(ipv6: bool) -> std::io::Result<Endpoint> {
+/// The other side sends no larger payloads than are taken here.
+fn endpoint_config(max_mtu: u16) -> EndpointConfig {
+    let mut config = EndpointConfig::default();
+    if u64::from(max_mtu) > config.get_max_udp_payload_size() {
+        config
+            .max_udp_payload_size(max_mtu)
+            .expect("what is larger than the default of 1,472 is in 1,200..=65,527");
+    }
+    config
+}
+
+fn bind(ipv6: bool, max_mtu: u16) -> std::io::Result<Endpoint> {
     let any = if ipv6 {
         SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0))
     } else {
@@ -234,9 +247,21 @@ fn bind(ipv6: bool) -> std::io::Result<Endpoint> {
     let _ = buffers.set_recv_buffer_size(SOCKET_BUFFER_BYTES);
     let _ = buffers.set_send_buffer_size(SOCKET_BUFFER_BYTES);
     Endpoint::new(
-        EndpointConfig::default(),
+        endpoint_config(max_mtu),
         None,
         socket,
         Arc::new(TokioRuntime),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_broker_may_send_payloads_as_large_as_the_client_tries() {
+        let takes = |max_mtu| endpoint_config(max_mtu).get_max_udp_payload_size();
+        assert_eq!(takes(1_200), 1_472);
+        assert_eq!(takes(6_400), 6_400);
+    }
 }

@@ -323,6 +323,7 @@ fn client_transport(max_mtu: u16) -> TransportConfig {
         .max_ack_delay(Some(limits::ACK_DELAY_MAX));
     let mut config = TransportConfig::default();
     config
+        .keep_alive_interval(Some(limits::KEEP_ALIVE))
         .initial_rtt(limits::INITIAL_RTT)
         .stream_receive_window(VarInt::from_u32(limits::STREAM_WINDOW_BYTES))
         .receive_window(VarInt::from_u32(limits::CONNECTION_WINDOW_BYTES))

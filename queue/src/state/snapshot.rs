@@ -484,12 +484,7 @@ impl Queue {
 
     fn retries_chunk(&self, id: SubscriptionId, part: u64) -> Option<Bytes> {
         let retries = &self.subscriptions.get(&id)?.retries;
-        let first = shelf_of(part, retries)?;
-        let end = first.saturating_add(1 << ENTRIES_SHIFT);
-        if let Some(told) = retries.chunk(first) {
-            return Some(told);
-        }
-        retries::shelf(retries.range(first, end))
+        retries.chunk(shelf_of(part, retries)?)
     }
 
     fn sessions_chunk(&self, id: SubscriptionId) -> Option<Bytes> {

@@ -314,13 +314,10 @@ impl Retries {
     }
 
     fn tell_shelf(&mut self, shelf: u64) {
-        if !self.held.remove(&shelf) {
-            return;
+        if self.held.remove(&shelf) {
+            let chunk = self.chunk(shelf << ENTRIES_SHIFT);
+            self.told.extend(chunk.map(|chunk| (shelf, chunk)));
         }
-        let entries = self.shelves.get(&shelf).map(Shelf::entries);
-        let entries = entries.into_iter().flatten();
-        let chunk = retries::shelf(entries.map(|(offset, retry)| (*offset, &**retry)));
-        self.told.extend(chunk.map(|chunk| (shelf, chunk)));
     }
 
     /// A shelf's entries, to change them.
@@ -399,11 +396,14 @@ impl Retries {
         self.shelves.keys().map(|shelf| shelf << ENTRIES_SHIFT)
     }
 
-    /// The chunk of the shelf that begins at this offset, if it is as a snapshot told it.
+    /// The chunk of the shelf that begins at this offset; a closed one is as a snapshot told it.
     pub fn chunk(&self, first: u64) -> Option<Bytes> {
         match self.shelves.get(&shelf_of(first))? {
             Shelf::Closed(closed) => Some(closed.chunk.clone()),
-            Shelf::Open(_) => None,
+            Shelf::Open(entries) => {
+                let entries = entries.iter();
+                retries::shelf(entries.map(|(offset, retry)| (*offset, &**retry)))
+            }
         }
     }
 

@@ -406,10 +406,7 @@ fn start(rig: &mut Rig) {
 }
 
 fn is_closed(queue: &Queue, sub: SubscriptionId, shelf: u64) -> bool {
-    queue.subscriptions[&sub]
-        .retries
-        .chunk(shelf * SHELF)
-        .is_some()
+    queue.subscriptions[&sub].retries.is_closed(shelf * SHELF)
 }
 
 #[test]

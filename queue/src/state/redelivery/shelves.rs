@@ -407,6 +407,12 @@ impl Retries {
         }
     }
 
+    /// Whether the shelf that begins at this offset is as a snapshot told it.
+    #[cfg(test)]
+    pub fn is_closed(&self, first: u64) -> bool {
+        matches!(self.shelves.get(&shelf_of(first)), Some(Shelf::Closed(_)))
+    }
+
     /// Waiting entries of open shelves that may go to any session, by (due, offset).
     pub fn due(&self) -> &BTreeSet<(Stamp, u64)> {
         &self.due

@@ -21,8 +21,7 @@ use millpond_protocol::{
 };
 
 use crate::{
-    Effect, Options, Outcome, Place, Proposal, Queue, Record, Refusal, SettleEntry, SnapshotDelta,
-    StartPosition,
+    Effect, Options, Outcome, Place, Proposal, Queue, Record, Refusal, SettleEntry, StartPosition,
 };
 
 /// A message as it was handed out.
@@ -395,11 +394,9 @@ impl Rig {
                 half = delta.dirty;
             }
         }
-        half.extend(
-            end_of_snapshot(&mut again)
-                .into_iter()
-                .flat_map(|delta| delta.dirty),
-        );
+        if let Some(delta) = again.tell_snapshot(usize::MAX) {
+            half = delta.dirty;
+        }
         assert_eq!(
             whole(&mut again),
             want,
@@ -434,18 +431,9 @@ fn fold(queue: &mut Queue, logged: &Logged) {
     queue.apply(logged.place, logged.stamp, &record, &mut Vec::new());
 }
 
-/// What is left of a snapshot that was begun, if one was.
-fn end_of_snapshot(queue: &mut Queue) -> Option<SnapshotDelta> {
-    while queue.dirty.telling.is_some() {
-        if let Some(delta) = queue.tell_snapshot(usize::MAX) {
-            return Some(delta);
-        }
-    }
-    None
-}
-
 fn whole(queue: &mut Queue) -> Vec<(u64, Bytes)> {
-    let _ = end_of_snapshot(queue);
+    // One that is being told goes on until it is told.
+    queue.tell_snapshot(usize::MAX);
     queue.dirty = Default::default();
     queue.snapshot().dirty
 }

@@ -184,11 +184,8 @@ impl Queue {
     /// Chunks that changed since the last snapshot; all of them the first time.
     pub fn snapshot(&mut self) -> SnapshotDelta {
         self.begin_snapshot();
-        loop {
-            if let Some(delta) = self.tell_snapshot(usize::MAX) {
-                return delta;
-            }
-        }
+        let delta = self.tell_snapshot(usize::MAX);
+        delta.expect("all of a snapshot that was begun is told at once")
     }
 
     /// Begins a snapshot of the state as it stands, which [`tell_snapshot`](Self::tell_snapshot) returns. Panics while
@@ -204,20 +201,18 @@ impl Queue {
         let mut telling = Telling::default();
         let known_now = known.get_or_insert_with(BTreeSet::new);
         for id in dirty {
-            let chunk = match dirty::is_retries(id) {
-                true => self.hold_shelf(id, &mut telling).then_some(None),
-                false => self.chunk(id).map(Some),
+            let is_there = if dirty::is_retries(id) {
+                self.hold_shelf(id, &mut telling)
+            } else if let Some(bytes) = self.chunk(id) {
+                telling.delta.dirty.push((id, bytes));
+                true
+            } else {
+                false
             };
-            match chunk {
-                Some(bytes) => {
-                    known_now.insert(id);
-                    telling.delta.dirty.extend(bytes.map(|bytes| (id, bytes)));
-                }
-                None => {
-                    if known_now.remove(&id) {
-                        telling.delta.removed.push(id);
-                    }
-                }
+            if is_there {
+                known_now.insert(id);
+            } else if known_now.remove(&id) {
+                telling.delta.removed.push(id);
             }
         }
         self.dirty.known = known;

@@ -3,9 +3,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::RestoreError;
 use crate::state::dirty::ENTRIES_SHIFT;
 use crate::state::redelivery::Retry;
+use crate::{RestoreError, SnapshotDelta};
 
 // DESIGN 4
 #[test]
@@ -151,6 +151,14 @@ fn step(rig: &mut Rig, subs: [SubscriptionId; 2], what: u8, a: u64, b: u64) {
     }
 }
 
+/// What a snapshot is after this delta.
+fn lay_over(chunks: &mut BTreeMap<u64, Bytes>, delta: SnapshotDelta) {
+    chunks.extend(delta.dirty);
+    for id in delta.removed {
+        assert!(chunks.remove(&id).is_some(), "{id:#018x} was not there");
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
@@ -176,26 +184,17 @@ proptest! {
                 rig.queue.begin_snapshot();
             }
             step(&mut rig, subs, what, a, b);
-            let delta = match n % 5 {
-                4 => end_of_snapshot(&mut rig.queue),
-                _ => rig.queue.tell_snapshot(1),
-            };
-            if let Some(delta) = delta {
-                kept.extend(delta.dirty);
-                for removed in delta.removed {
-                    prop_assert!(kept.remove(&removed).is_some());
-                }
+            let shelves = if n % 5 == 4 { usize::MAX } else { 1 };
+            if let Some(delta) = rig.queue.tell_snapshot(shelves) {
+                lay_over(&mut kept, delta);
                 let told: Vec<_> = kept.iter().map(|(id, chunk)| (*id, chunk.clone())).collect();
                 prop_assert_eq!(&told, &want);
             }
         }
-        if let Some(delta) = end_of_snapshot(&mut rig.queue) {
-            kept.extend(delta.dirty);
-            delta.removed.iter().for_each(|removed| { kept.remove(removed); });
+        if let Some(delta) = rig.queue.tell_snapshot(usize::MAX) {
+            lay_over(&mut kept, delta);
         }
-        let delta = rig.queue.snapshot();
-        kept.extend(delta.dirty);
-        delta.removed.iter().for_each(|removed| { kept.remove(removed); });
+        lay_over(&mut kept, rig.queue.snapshot());
         let want: BTreeMap<_, _> = whole(&mut rig.queue).into_iter().collect();
         let differ = |id: &&u64| kept.get(id) != want.get(id);
         let differing: Vec<_> = kept.keys().chain(want.keys()).filter(differ).collect();
@@ -215,11 +214,7 @@ fn the_first_snapshot_after_a_restore_takes_away_what_is_gone() {
     let mut held: BTreeMap<u64, Bytes> = rig.queue.snapshot().dirty.into_iter().collect();
     rig.queue = Queue::restore(Options::default(), held.clone().into_iter()).unwrap();
     rig.acks(sub, 1, &[(0, 1, 5_000)]);
-    let delta = rig.queue.snapshot();
-    held.extend(delta.dirty);
-    for id in &delta.removed {
-        held.remove(id);
-    }
+    lay_over(&mut held, rig.queue.snapshot());
     let again = Queue::restore(Options::default(), held.into_iter()).unwrap();
     again.check_invariants();
     assert_eq!(again.subscription_view(sub, rig.now).unwrap().backlog, 0);
@@ -256,7 +251,7 @@ fn a_snapshot_tells_retries_as_they_stood_when_it_was_begun() {
             }),
         };
         assert!(!matches!(outcome, Outcome::Error(_)), "{outcome:?}");
-        let told = end_of_snapshot(&mut rig.queue).unwrap();
+        let told = rig.queue.tell_snapshot(usize::MAX).unwrap();
         assert!(told.removed.is_empty());
         assert_eq!(told.dirty, want, "{what}");
     }

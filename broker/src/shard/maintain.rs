@@ -98,11 +98,7 @@ impl Maintenance {
         }
     }
 
-    pub(super) fn note_commit(&mut self, bytes: u64) {
-        self.bytes_since_snapshot += bytes;
-    }
-
-    /// A record was put into the log that takes longer to replay than its bytes tell.
+    /// A start would have more to replay, in bytes of messages that take as long.
     pub(super) fn note_replay(&mut self, bytes: u64) {
         self.bytes_since_snapshot += bytes;
     }
@@ -139,8 +135,8 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         if self.maintenance.bytes_since_snapshot >= self.maintenance.snapshot_every_bytes {
             self.begin_snapshot()?;
         }
-        self.plan_seal(out);
         let clock_us = self.stamper.clock().boottime_us();
+        self.plan_seal(clock_us, out);
         if clock_us < self.maintenance.next_us {
             return Ok(());
         }
@@ -218,9 +214,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         self.maintenance.next_seal_us = clock_us + UPKEEP_EVERY_US;
     }
 
-    fn plan_seal(&mut self, out: &mut Outbox<S>) {
+    fn plan_seal(&mut self, clock_us: u64, out: &mut Outbox<S>) {
         if !self.maintenance.seal_running
-            && self.stamper.clock().boottime_us() >= self.maintenance.next_seal_us
+            && clock_us >= self.maintenance.next_seal_us
             && let Some(job) = self.log.seal_job()
         {
             self.maintenance.seal_running = true;

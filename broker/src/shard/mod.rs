@@ -211,7 +211,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         self.vouch_since_us = Some(after);
         self.apply_group(&appended, out)?;
         self.log.set_applied(appended.index);
-        self.maintenance.note_commit(bytes as u64);
+        self.maintenance.note_replay(bytes as u64);
         Ok(())
     }
 

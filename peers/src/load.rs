@@ -66,9 +66,19 @@ impl Workload {
                 Self::Redelivery => redelivery(peer).await,
             }
         };
-        let result = timeout(limit, run).await;
-        result.with_context(|| format!("it did not end within {limit:?}"))?
+        within("end", limit, Box::pin(run)).await
     }
+}
+
+/// A server that takes a connection and then says nothing holds up its own measurement, and no other. Its
+/// process ends with what is dropped here.
+pub async fn within<T>(
+    what: &str,
+    limit: Duration,
+    step: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let result = timeout(limit, step).await;
+    result.with_context(|| format!("it did not {what} within {limit:?}"))?
 }
 
 async fn publish<P: Peer>(peer: &P, bytes: usize, time: Duration) -> Result<Found> {
@@ -238,3 +248,16 @@ const PACE: Duration = Duration::from_micros(500);
 const RETRIES: usize = 10_000;
 const WAIT: Duration = Duration::from_secs(1);
 const SLACK: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_says_nothing_is_left_out() {
+        let silent = std::future::pending::<Result<()>>();
+        let limit = Duration::from_millis(1);
+        let error = within("start", limit, silent).await.unwrap_err();
+        assert_eq!(error.to_string(), "it did not start within 1ms");
+    }
+}

@@ -14,10 +14,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tokio::time::timeout;
 
 use crate::args::Args;
-use crate::load::Workload;
+use crate::load::{Workload, within};
 use crate::measure::Found;
 use crate::peer::{Durability, Peer};
 use crate::report::Report;
@@ -131,17 +130,6 @@ impl Runs<'_> {
     }
 }
 
-/// A server that takes a connection and then says nothing holds up its own measurement, and no other. Its
-/// process ends with what is dropped here.
-async fn within<T>(
-    what: &str,
-    limit: Duration,
-    step: impl Future<Output = Result<T>>,
-) -> Result<T> {
-    let result = timeout(limit, step).await;
-    result.with_context(|| format!("it did not {what} within {limit:?}"))?
-}
-
 fn line(
     round: u32,
     name: &str,
@@ -173,16 +161,3 @@ fn open_to_all(dir: &Path) -> Result<()> {
 const START_MAX: Duration = Duration::from_secs(60);
 /// To end by itself, or by force.
 const STOP_MAX: Duration = Duration::from_secs(40);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_server_that_says_nothing_is_left_out() {
-        let silent = std::future::pending::<Result<()>>();
-        let limit = Duration::from_millis(1);
-        let error = within("start", limit, silent).await.unwrap_err();
-        assert_eq!(error.to_string(), "it did not start within 1ms");
-    }
-}

@@ -16,6 +16,7 @@ use bytes::Bytes;
 use millpond_broker::config::QuicConfig;
 use millpond_broker::transport;
 use millpond_client::limits;
+use millpond_protocol::limits::UDP_PAYLOAD_MIN;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{
     AckFrequencyConfig, Connection, Endpoint, EndpointConfig, MtuDiscoveryConfig, TransportConfig,
@@ -359,5 +360,3 @@ pub const READY: [u8; 1] = [b'y'];
 const BULK_CHUNK_BYTES: usize = 256 << 10;
 /// The size of a round trip's message.
 pub const ECHO_BYTES: usize = 128;
-/// quinn's own default: what a peer may send before discovery.
-const UDP_PAYLOAD_MIN: u16 = 1_472;

@@ -12,6 +12,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use millpond_protocol::limits::UDP_PAYLOAD_MIN;
 use quinn::{ConnectionIdGenerator, EndpointConfig};
 use quinn_proto::HashedConnectionIdGenerator;
 use ring::hmac;
@@ -75,8 +76,6 @@ impl Keys {
 
 const RESET_KEY_BYTES: usize = 64;
 const IDENTITY_BYTES: usize = RESET_KEY_BYTES + size_of::<u64>();
-/// An Ethernet frame's UDP payload; peers whose path allows it may send that much.
-const UDP_PAYLOAD_MIN: u16 = 1_472;
 
 #[cfg(test)]
 mod tests {

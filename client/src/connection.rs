@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use millpond_protocol::control::{Hello, Welcome};
 use millpond_protocol::frame::FrameType;
+use millpond_protocol::limits::UDP_PAYLOAD_MIN;
 use millpond_protocol::{VERSION_MAX, VERSION_MIN};
 use parking_lot::Mutex;
 use quinn::crypto::rustls::QuicClientConfig;
@@ -227,11 +228,9 @@ fn transport(max_mtu: u16) -> TransportConfig {
 /// The other side sends no larger payloads than are taken here.
 fn endpoint_config(max_mtu: u16) -> EndpointConfig {
     let mut config = EndpointConfig::default();
-    if u64::from(max_mtu) > config.get_max_udp_payload_size() {
-        config
-            .max_udp_payload_size(max_mtu)
-            .expect("what is larger than the default of 1,472 is in 1,200..=65,527");
-    }
+    config
+        .max_udp_payload_size(max_mtu.max(UDP_PAYLOAD_MIN))
+        .expect("the larger of a checked MTU and 1,472 is in 1,200..=65,527");
     config
 }
 

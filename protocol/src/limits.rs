@@ -21,6 +21,9 @@ pub const RESPONSE_BYTES_MAX: usize = MESSAGE_BYTES_MAX + (64 << 10);
 /// Producers that are open on one publish stream at a time; a client opens another stream for more.
 /// Each costs the broker about 400 bytes.
 pub const STREAM_PRODUCERS_MAX: usize = 4096;
+/// The least UDP payload that either side takes, in bytes: an Ethernet frame's. More where its MTU is set higher;
+/// the other side sends no more.
+pub const UDP_PAYLOAD_MIN: u16 = 1_472;
 /// Most messages in one publish frame.
 pub const BATCH_MESSAGES_MAX: u32 = 4096;
 /// Bytes of messages after which a client closes a publish batch (one larger message goes alone).

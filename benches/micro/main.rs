@@ -67,7 +67,7 @@ fn codec(criterion: &mut Criterion) {
         });
         let deliver = deliver(&messages);
         group.bench_function(format!("take a delivery apart, {size} B"), |bench| {
-            bench.iter(|| decode_deliver(black_box(&deliver)));
+            bench.iter(|| decode_deliver(black_box(deliver.clone())));
         });
     }
     let runs: Vec<_> = (0..BATCH).map(|nth| run(nth * 2, 1, 1)).collect();
@@ -102,7 +102,7 @@ fn deliver(messages: &[u8]) -> Bytes {
     }
     let prefix = deliver_prefix(BATCH as u32, metas.len() + messages.len());
     let body = Bytes::from([&prefix[HEADER_BYTES..], &metas, messages].concat());
-    let taken = decode_deliver(&body).expect("it was just encoded");
+    let taken = decode_deliver(&body[..]).expect("it was just encoded");
     assert_eq!(taken.len() as u64, BATCH);
     body
 }

@@ -1,16 +1,16 @@
 //! Frames on QUIC streams: reading whole ones, and telling why a stream ended.
 
-use std::ops::Range;
-
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, Bytes};
 use millpond_protocol::control::RequestFrame;
 use millpond_protocol::frame::{self, Frame, FrameError, FrameType, HEADER_BYTES};
+use millpond_protocol::hot::{Delivered, decode_deliver};
 use millpond_protocol::{ErrorCode, WireError};
 use quinn::{ReadError, RecvStream, SendStream, VarInt, WriteError};
 use serde::Serialize;
 
 use crate::error::Error;
 use crate::limits::READ_CHUNKS;
+use crate::pieces::Pieces;
 
 /// Why a stream is of no more use.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,66 +68,71 @@ fn from_code(code: VarInt) -> StreamEnd {
     }
 }
 
-/// Takes whole frames off a stream. `next` is cancel-safe.
+/// Takes whole frames off a stream. Every method is cancel-safe.
 pub struct FrameReader {
     stream: RecvStream,
-    /// The frame that is being put together; behind a small one also what came in the same chunk.
-    buffer: BytesMut,
+    /// Less than a frame, and a fill.
+    pieces: Pieces,
     chunks: Vec<Bytes>,
-    /// Those that are not in the buffer yet.
-    unread: Range<usize>,
 }
 
 impl FrameReader {
     pub fn new(stream: RecvStream) -> Self {
         Self {
             stream,
-            buffer: BytesMut::new(),
+            pieces: Pieces::default(),
             chunks: vec![Bytes::new(); READ_CHUNKS],
-            unread: 0..0,
         }
     }
 
     /// The next frame. An `Error` frame, and the end of the stream, come as `StreamEnd`.
     pub async fn next(&mut self) -> Result<Frame, StreamEnd> {
-        loop {
-            if let Some(frame) = frame::decode(&mut self.buffer)? {
-                return match frame.kind {
-                    FrameType::Error => Err(StreamEnd::Refused(frame.decode()?)),
-                    _ => Ok(frame),
-                };
-            }
-            self.fill().await?;
+        let (kind, length) = self.whole().await?;
+        self.pieces.advance(HEADER_BYTES);
+        let body = self.pieces.copy_to_bytes(length);
+        let frame = Frame { kind, body };
+        match kind {
+            FrameType::Error => Err(StreamEnd::Refused(frame.decode()?)),
+            _ => Ok(frame),
         }
     }
 
-    /// Takes in a chunk, or of the chunks that are there what the frame at hand misses and nothing behind it:
-    /// so a large frame lies in memory of its size, and nothing but the chunk that began it is copied twice.
-    async fn fill(&mut self) -> Result<(), StreamEnd> {
-        if self.unread.is_empty() {
+    /// As `next`, of a stream that brings deliveries: they are taken apart where they lie.
+    pub async fn next_deliveries(&mut self) -> Result<Deliveries, StreamEnd> {
+        let (kind, length) = self.whole().await?;
+        if kind != FrameType::Deliver {
+            return Ok(Deliveries::Other(self.next().await?));
+        }
+        self.pieces.advance(HEADER_BYTES);
+        let mut body = (&mut self.pieces).take(length);
+        let delivered = decode_deliver(&mut body)?;
+        body.advance(body.remaining());
+        Ok(Deliveries::Delivered(delivered))
+    }
+
+    /// Type and body length of the next frame, once all of it is there.
+    async fn whole(&mut self) -> Result<(FrameType, usize), StreamEnd> {
+        loop {
+            if let Some(head) = self.pieces.first::<HEADER_BYTES>()
+                && let Some((kind, length)) = frame::peek(&head)?
+                && self.pieces.remaining() >= HEADER_BYTES + length
+            {
+                return Ok((kind, length));
+            }
             let Some(count) = self.stream.read_chunks(&mut self.chunks).await? else {
                 return Err(StreamEnd::Lost);
             };
-            self.unread = 0..count;
-        }
-        // The length in the header has been checked against the limit of its type.
-        let mut missing = match frame::peek(&self.buffer)? {
-            Some((_, length)) => HEADER_BYTES + length - self.buffer.len(),
-            None => self.chunks[self.unread.start].len(),
-        };
-        self.buffer.reserve(missing);
-        for nth in self.unread.clone() {
-            let chunk = &mut self.chunks[nth];
-            let part = chunk.split_to(chunk.len().min(missing));
-            self.buffer.extend_from_slice(&part);
-            missing -= part.len();
-            if !chunk.is_empty() {
-                break;
+            for chunk in &mut self.chunks[..count] {
+                self.pieces.push(std::mem::take(chunk));
             }
-            self.unread.start = nth + 1;
         }
-        Ok(())
     }
+}
+
+/// What comes next on a delivery stream.
+pub enum Deliveries {
+    Delivered(Vec<Delivered>),
+    Other(Frame),
 }
 
 /// Writes one control frame.

@@ -40,6 +40,7 @@ mod delivery;
 mod error;
 mod io;
 pub mod limits;
+mod pieces;
 mod producer;
 mod reopening;
 mod supervisor;

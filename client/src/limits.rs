@@ -68,6 +68,8 @@ pub const ACK_DELAY_MAX: Duration = Duration::from_millis(5);
 pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// Chunks taken off a stream at once.
 pub const READ_CHUNKS: usize = 32;
+/// Bytes of a buffer in which pieces of messages are put together, many to a buffer.
+pub const JOINED_BYTES: usize = 64 << 10;
 
 /// Control requests waiting to be written.
 pub const CONTROL_QUEUE: usize = 64;

@@ -131,7 +131,7 @@ fn publish(body: &Bytes) {
 
 /// A delivery is slices of what was received, never more than that.
 fn deliver(body: &Bytes) {
-    let Ok(delivered) = hot::decode_deliver(body) else {
+    let Ok(delivered) = hot::decode_deliver(body.clone()) else {
         return;
     };
     let bytes = delivered

@@ -15,7 +15,7 @@
 //! may have been sent in all, so that a repeated or late grant does no harm. Answers come in the order
 //! of the questions; on a publish stream that holds for each producer by itself.
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -248,6 +248,8 @@ pub struct DeliverMeta {
     pub reserved: u64,
 }
 
+/// Bytes of a deliver frame's body before its metas.
+const DELIVER_FIXED: usize = 8;
 /// Bytes of one meta.
 pub const DELIVER_META_BYTES: usize = 40;
 
@@ -276,7 +278,7 @@ struct MetaRaw {
     reserved: U64,
 }
 
-/// One delivered message: slices of the received frame.
+/// One delivered message.
 #[derive(Clone, Debug)]
 pub struct Delivered {
     pub meta: DeliverMeta,
@@ -289,43 +291,44 @@ pub struct Delivered {
 /// The fixed part of a deliver frame with its frame header: to be followed by the metas, the extra
 /// blocks and the messages, `rest_bytes` in all.
 #[must_use]
-pub fn deliver_prefix(count: u32, rest_bytes: usize) -> [u8; HEADER_BYTES + 8] {
-    let mut out = [0; HEADER_BYTES + 8];
-    out[..8].copy_from_slice(&header(FrameType::Deliver, 8 + rest_bytes));
+pub fn deliver_prefix(count: u32, rest_bytes: usize) -> [u8; HEADER_BYTES + DELIVER_FIXED] {
+    let mut out = [0; HEADER_BYTES + DELIVER_FIXED];
+    out[..8].copy_from_slice(&header(FrameType::Deliver, DELIVER_FIXED + rest_bytes));
     out[8..12].copy_from_slice(&count.to_le_bytes());
     out
 }
 
-/// Takes a deliver frame apart without copying bodies.
-pub fn decode_deliver(body: &Bytes) -> Result<Vec<Delivered>, FrameError> {
+/// Takes a deliver frame's body apart, which may lie in pieces. What `body` hands out without a copy is not
+/// copied here either; of a `Bytes` that is all.
+pub fn decode_deliver(mut body: impl Buf) -> Result<Vec<Delivered>, FrameError> {
     const WRONG: FrameError = FrameError::Body("the lengths of a delivery contradict each other");
-    let ([count, _zero], rest) = prefix_of::<[U32; 2]>(body)?;
-    let count = count.get();
+    if body.remaining() < DELIVER_FIXED {
+        return Err(TOO_SHORT);
+    }
+    let (count, _zero) = (body.get_u32_le(), body.get_u32_le());
     if count > DELIVER_MESSAGES_MAX {
         return Err(FrameError::Body(
             "a deliver frame has at most 4,096 messages",
         ));
     }
-    let (raw, _) =
-        <[MetaRaw]>::ref_from_prefix_with_elems(rest, count as usize).map_err(|_| WRONG)?;
-    let extras: usize = raw.iter().map(|m| m.extra_bytes.get() as usize).sum();
-    let mut extra_at = 8 + raw.len() * DELIVER_META_BYTES;
-    let mut message_at = extra_at + extras;
-    let mut out = Vec::with_capacity(raw.len());
-    for meta in raw {
-        let extra_end = extra_at + meta.extra_bytes.get() as usize;
-        let message_end = message_at + meta.message_bytes.get() as usize;
-        if message_end > body.len() || extra_end > body.len() {
-            return Err(WRONG);
-        }
-        out.push(Delivered {
-            meta: meta.meta(),
-            extra: body.slice(extra_at..extra_end),
-            message: body.slice(message_at..message_end),
-        });
-        (extra_at, message_at) = (extra_end, message_end);
+    let metas_bytes = count as usize * DELIVER_META_BYTES;
+    if metas_bytes > body.remaining() {
+        return Err(WRONG);
     }
-    Ok(out)
+    let metas = body.copy_to_bytes(metas_bytes);
+    let metas = rows_of::<MetaRaw>(&metas)?;
+    let extras: usize = metas.iter().map(|m| m.extra_bytes.get() as usize).sum();
+    let messages: usize = metas.iter().map(|m| m.message_bytes.get() as usize).sum();
+    if extras + messages > body.remaining() {
+        return Err(WRONG);
+    }
+    let mut extras = body.copy_to_bytes(extras);
+    let apart = metas.iter().map(|meta| Delivered {
+        meta: meta.meta(),
+        extra: extras.split_to(meta.extra_bytes.get() as usize),
+        message: body.copy_to_bytes(meta.message_bytes.get() as usize),
+    });
+    Ok(apart.collect())
 }
 
 impl MetaRaw {
@@ -419,10 +422,12 @@ pub fn decode_commit(body: &[u8]) -> Result<Offset, FrameError> {
     Ok(Offset(next.get()))
 }
 
+const TOO_SHORT: FrameError = FrameError::Body("it is too short");
+
 fn prefix_of<T: FromBytes + KnownLayout + Immutable + Unaligned>(
     body: &[u8],
 ) -> Result<(&T, &[u8]), FrameError> {
-    T::ref_from_prefix(body).map_err(|_| FrameError::Body("it is too short"))
+    T::ref_from_prefix(body).map_err(|_| TOO_SHORT)
 }
 
 fn rows_of<T: FromBytes + KnownLayout + Immutable + Unaligned>(
@@ -520,7 +525,7 @@ mod tests {
         meta.encode(&mut body);
         body.put_slice(b"abc");
         body.put_slice(&message);
-        let got = decode_deliver(&body.freeze().slice(HEADER_BYTES..)).unwrap();
+        let got = decode_deliver(body.freeze().slice(HEADER_BYTES..)).unwrap();
         assert_eq!(got.len(), 1);
         assert_eq!(got[0].meta, meta);
         assert_eq!(&got[0].extra[..], b"abc");
@@ -564,7 +569,7 @@ mod tests {
             let _ = Publish::decode(&body);
             let _ = PublishAck::decode(&body);
             let _ = ConsumerCredit::decode(&body);
-            let _ = decode_deliver(&body);
+            let _ = decode_deliver(&body[..]);
             let _ = decode_acks(&body);
             let _ = decode_commit(&body);
         }

@@ -575,7 +575,7 @@ async fn absurd_credit_is_taken_for_much_and_harms_nobody() {
     let mut got = Vec::new();
     while got.len() < 2 {
         let frame = wire.next_of(FrameType::Deliver).await;
-        got.extend(decode_deliver(&frame.body).unwrap());
+        got.extend(decode_deliver(frame.body).unwrap());
     }
     let runs: Vec<AckRun> = got
         .iter()

@@ -243,7 +243,7 @@ mod tests {
             .for_each(|piece| wire.extend_from_slice(piece));
         let decoded = decode(&mut wire).unwrap().unwrap();
         assert_eq!(decoded.kind, FrameType::Deliver);
-        let got = decode_deliver(&decoded.body).unwrap();
+        let got = decode_deliver(decoded.body).unwrap();
         let offsets: Vec<_> = got.iter().map(|d| d.meta.offset.0).collect();
         assert_eq!(offsets, [10, 11, 12]);
         let (view, _) = MessageView::split(&got[2].message).unwrap();

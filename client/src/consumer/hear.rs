@@ -1,20 +1,22 @@
 //! Reads a consumer's two streams: deliveries and notices on one, answers to settlements on the other.
 
 use millpond_protocol::frame::{FrameError, FrameType};
-use millpond_protocol::hot::decode_deliver;
 
 use super::session::Session;
-use crate::io::{FrameReader, StreamEnd};
+use crate::io::{Deliveries, FrameReader, StreamEnd};
 
 /// Takes deliveries and notices in.
 pub async fn receive(session: &Session, reader: &mut FrameReader) -> StreamEnd {
     loop {
-        let frame = match reader.next().await {
-            Ok(frame) => frame,
+        let frame = match reader.next_deliveries().await {
+            Ok(Deliveries::Delivered(all)) => {
+                session.delivered(all);
+                continue;
+            }
+            Ok(Deliveries::Other(frame)) => frame,
             Err(end) => return end,
         };
         let taken = match frame.kind {
-            FrameType::Deliver => decode_deliver(&frame.body).map(|all| session.delivered(all)),
             FrameType::ConsumerNotice => frame.decode().map(|notice| session.notice(notice)),
             found => Err(FrameError::Unexpected { found }),
         };

@@ -10,8 +10,8 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use millpond_protocol::control::{LeaseName, Outcome as Verdict};
 use millpond_protocol::frame::HEADER_BYTES;
 use millpond_protocol::hot::{
-    AckRun, ConsumerCredit, Credit, DeliverMeta, Publish, decode_acks, decode_deliver,
-    deliver_prefix, encode_acks,
+    AckRun, ConsumerCredit, Credit, DeliverHead, DeliverMeta, Publish, decode_acks, decode_deliver,
+    encode_acks,
 };
 use millpond_protocol::{
     Delivery, Epoch, LogIndex, Message, MessageView, Offset, ProducerHandle, ProducerKey, Sequence,
@@ -88,20 +88,15 @@ fn codec(criterion: &mut Criterion) {
 
 /// The body of a deliver frame with these messages.
 fn deliver(messages: &[u8]) -> Bytes {
-    let message_bytes = (messages.len() as u64 / BATCH) as u32;
-    let mut metas = BytesMut::new();
-    for offset in 0..BATCH {
-        let meta = DeliverMeta {
-            offset: Offset(offset),
-            delivery: Delivery(1),
-            attempt: 1,
-            message_bytes,
-            ..DeliverMeta::default()
-        };
-        meta.encode(&mut metas);
-    }
-    let prefix = deliver_prefix(BATCH as u32, metas.len() + messages.len());
-    let body = Bytes::from([&prefix[HEADER_BYTES..], &metas, messages].concat());
+    let first = DeliverMeta {
+        delivery: Delivery(1),
+        attempt: 1,
+        ..DeliverMeta::default()
+    };
+    let lengths = (0..BATCH).map(|_| messages.len() / BATCH as usize);
+    let mut head = DeliverHead::default();
+    head.push(first, &[], lengths);
+    let body = Bytes::from([&head.encode()[HEADER_BYTES..], messages].concat());
     let taken = decode_deliver(&body[..]).expect("it was just encoded");
     assert_eq!(taken.len() as u64, BATCH);
     body

@@ -14,8 +14,8 @@ use millpond_protocol::control::{
 };
 use millpond_protocol::frame::{FrameType, empty, encode};
 use millpond_protocol::hot::{
-    AckKind, AckRow, AckRun, ConsumerCredit, Credit, DELIVER_META_BYTES, DeliverMeta, Publish,
-    PublishAck, deliver_prefix, encode_acks, encode_commit,
+    AckKind, AckRow, AckRun, ConsumerCredit, Credit, DeliverHead, DeliverMeta, Publish,
+    PublishAck, encode_acks, encode_commit,
 };
 use millpond_protocol::{
     Delivery, Epoch, ErrorCode, LogIndex, Message, Offset, ProducerHandle, ProducerKey, Sequence,
@@ -83,18 +83,15 @@ fn deliver() -> Bytes {
     let body = encoded(&message(), 5);
     let mut extra = Vec::new();
     millpond_protocol::message::put_header(&mut extra, "mp-dead-reason", b"rejected");
-    let rest = DELIVER_META_BYTES + extra.len() + body.len();
-    let mut out = BytesMut::from(&deliver_prefix(1, rest)[..]);
-    DeliverMeta {
+    let first = DeliverMeta {
         offset: Offset(7),
         delivery: Delivery(2),
         attempt: 2,
-        extra_bytes: extra.len() as u32,
-        message_bytes: body.len() as u32,
         ..DeliverMeta::default()
-    }
-    .encode(&mut out);
-    out.extend_from_slice(&extra);
+    };
+    let mut head = DeliverHead::default();
+    head.push(first, &extra, [body.len()]);
+    let mut out = BytesMut::from(&head.encode()[..]);
     out.extend_from_slice(&body);
     out.freeze()
 }

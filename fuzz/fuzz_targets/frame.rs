@@ -134,9 +134,8 @@ fn deliver(body: &Bytes) {
     let Ok(delivered) = hot::decode_deliver(body.clone()) else {
         return;
     };
-    let bytes = delivered
-        .iter()
-        .map(|one| one.extra.len() + one.message.len());
+    // The headers are those of a run.
+    let bytes = delivered.iter().map(|one| one.message.len());
     assert!(bytes.sum::<usize>() <= body.len());
     for one in &delivered {
         for header in millpond_protocol::message::Headers::new(&one.extra) {

@@ -240,42 +240,6 @@ pub struct DeliverMeta {
     pub delivery: Delivery,
     /// Failures so far + 1.
     pub attempt: u32,
-    /// Bytes of broker-made headers for it in the block behind the metas.
-    pub extra_bytes: u32,
-    /// Bytes of the message. 0: the stored bytes are damaged and cannot be shown.
-    pub message_bytes: u32,
-    /// Backoff deadline etc. may be added here; 0 today.
-    pub reserved: u64,
-}
-
-/// Bytes of a deliver frame's body before its metas.
-const DELIVER_FIXED: usize = 8;
-/// Bytes of one meta.
-pub const DELIVER_META_BYTES: usize = 40;
-
-impl DeliverMeta {
-    /// Appends the meta to `out`.
-    pub fn encode(&self, out: &mut impl BufMut) {
-        out.put_u64_le(self.offset.0);
-        out.put_u64_le(self.published_at.0);
-        out.put_u32_le(self.delivery.0);
-        out.put_u32_le(self.attempt);
-        out.put_u32_le(self.extra_bytes);
-        out.put_u32_le(self.message_bytes);
-        out.put_u64_le(self.reserved);
-    }
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
-#[repr(C)]
-struct MetaRaw {
-    offset: U64,
-    published_at: U64,
-    delivery: U32,
-    attempt: U32,
-    extra_bytes: U32,
-    message_bytes: U32,
-    reserved: U64,
 }
 
 /// One delivered message.
@@ -284,64 +248,169 @@ pub struct Delivered {
     pub meta: DeliverMeta,
     /// Broker-made headers, in the message's header layout.
     pub extra: Bytes,
-    /// The message's bytes as they were published.
+    /// The message's bytes as they were published. None: what is stored is damaged and cannot be shown.
     pub message: Bytes,
 }
 
-/// The fixed part of a deliver frame with its frame header: to be followed by the metas, the extra
-/// blocks and the messages, `rest_bytes` in all.
-#[must_use]
-pub fn deliver_prefix(count: u32, rest_bytes: usize) -> [u8; HEADER_BYTES + DELIVER_FIXED] {
-    let mut out = [0; HEADER_BYTES + DELIVER_FIXED];
-    out[..8].copy_from_slice(&header(FrameType::Deliver, DELIVER_FIXED + rest_bytes));
-    out[8..12].copy_from_slice(&count.to_le_bytes());
-    out
+/// A deliver frame up to its messages, which are to follow one behind the other.
+///
+/// ```text
+///  0  u32 runs, u32 messages
+///  8  the runs, 40 bytes each: u64 offset, u64 published_at, u32 delivery, u32 attempt, u32 count,
+///     u32 extra_bytes, u64 0
+///     a u32 for the length of each message
+///     the broker-made headers of each run
+///     the messages
+/// ```
+///
+/// A run is of messages with consecutive offsets, of which all else that is said is the same.
+#[derive(Debug, Default)]
+pub struct DeliverHead {
+    runs: BytesMut,
+    lengths: BytesMut,
+    extras: BytesMut,
+    message_bytes: usize,
+}
+
+impl DeliverHead {
+    /// Adds a run by its first message's meta, the headers of each of them, and the length of each. Returns
+    /// how many they are.
+    pub fn push(
+        &mut self,
+        first: DeliverMeta,
+        extra: &[u8],
+        lengths: impl IntoIterator<Item = usize>,
+    ) -> u32 {
+        let before = self.messages();
+        for length in lengths {
+            self.lengths.put_u32_le(length as u32);
+            self.message_bytes += length;
+        }
+        let count = self.messages() - before;
+        if count > 0 {
+            self.runs.put_u64_le(first.offset.0);
+            self.runs.put_u64_le(first.published_at.0);
+            self.runs.put_u32_le(first.delivery.0);
+            self.runs.put_u32_le(first.attempt);
+            self.runs.put_u32_le(count);
+            self.runs.put_u32_le(extra.len() as u32);
+            self.runs.put_u64_le(0);
+            self.extras.put_slice(extra);
+        }
+        count
+    }
+
+    /// Messages of all runs.
+    #[must_use]
+    pub fn messages(&self) -> u32 {
+        (self.lengths.len() / size_of::<U32>()) as u32
+    }
+
+    /// Bytes of them.
+    #[must_use]
+    pub fn message_bytes(&self) -> usize {
+        self.message_bytes
+    }
+
+    /// The frame's bytes before its messages.
+    #[must_use]
+    pub fn encode(&self) -> Bytes {
+        let tables = self.runs.len() + self.lengths.len() + self.extras.len();
+        let length = DELIVER_FIXED + tables + self.message_bytes;
+        let mut out = BytesMut::with_capacity(HEADER_BYTES + DELIVER_FIXED + tables);
+        out.put_slice(&header(FrameType::Deliver, length));
+        out.put_u32_le((self.runs.len() / size_of::<RunRaw>()) as u32);
+        out.put_u32_le(self.messages());
+        out.put_slice(&self.runs);
+        out.put_slice(&self.lengths);
+        out.put_slice(&self.extras);
+        out.freeze()
+    }
+}
+
+/// Bytes of a deliver frame's body before its runs.
+const DELIVER_FIXED: usize = 8;
+
+#[derive(FromBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+struct RunRaw {
+    offset: U64,
+    published_at: U64,
+    delivery: U32,
+    attempt: U32,
+    count: U32,
+    extra_bytes: U32,
+    /// A backoff's deadline etc. may be added here; 0 today.
+    _reserved: U64,
 }
 
 /// Takes a deliver frame's body apart, which may lie in pieces. What `body` hands out without a copy is not
 /// copied here either; of a `Bytes` that is all.
 pub fn decode_deliver(mut body: impl Buf) -> Result<Vec<Delivered>, FrameError> {
-    const WRONG: FrameError = FrameError::Body("the lengths of a delivery contradict each other");
     if body.remaining() < DELIVER_FIXED {
         return Err(TOO_SHORT);
     }
-    let (count, _zero) = (body.get_u32_le(), body.get_u32_le());
-    if count > DELIVER_MESSAGES_MAX {
+    let (runs, messages) = (body.get_u32_le(), body.get_u32_le());
+    if messages > DELIVER_MESSAGES_MAX || runs > messages {
         return Err(FrameError::Body(
-            "a deliver frame has at most 4,096 messages",
+            "a deliver frame has at most 4,096 messages, and one in each run",
         ));
     }
-    let metas_bytes = count as usize * DELIVER_META_BYTES;
-    if metas_bytes > body.remaining() {
+    let runs = table(&mut body, runs as usize * size_of::<RunRaw>())?;
+    let runs = rows_of::<RunRaw>(&runs)?;
+    let lengths = table(&mut body, messages as usize * size_of::<U32>())?;
+    let lengths = rows_of::<U32>(&lengths)?;
+    let extras = runs.iter().map(|run| run.extra_bytes.get() as usize).sum();
+    let mut extras = table(&mut body, extras)?;
+    if lengths.iter().map(|l| l.get() as usize).sum::<usize>() > body.remaining() {
         return Err(WRONG);
     }
-    let metas = body.copy_to_bytes(metas_bytes);
-    let metas = rows_of::<MetaRaw>(&metas)?;
-    let extras: usize = metas.iter().map(|m| m.extra_bytes.get() as usize).sum();
-    let messages: usize = metas.iter().map(|m| m.message_bytes.get() as usize).sum();
-    if extras + messages > body.remaining() {
+    let mut lengths = lengths.iter();
+    let mut out = Vec::with_capacity(lengths.len());
+    for run in runs {
+        let first = run.first()?;
+        let extra = extras.split_to(run.extra_bytes.get() as usize);
+        for nth in 0..run.count.get() {
+            let length = lengths.next().ok_or(WRONG)?;
+            out.push(Delivered {
+                meta: DeliverMeta {
+                    offset: Offset(first.offset.0 + u64::from(nth)),
+                    ..first
+                },
+                extra: extra.clone(),
+                message: body.copy_to_bytes(length.get() as usize),
+            });
+        }
+    }
+    if lengths.next().is_some() {
         return Err(WRONG);
     }
-    let mut extras = body.copy_to_bytes(extras);
-    let apart = metas.iter().map(|meta| Delivered {
-        meta: meta.meta(),
-        extra: extras.split_to(meta.extra_bytes.get() as usize),
-        message: body.copy_to_bytes(meta.message_bytes.get() as usize),
-    });
-    Ok(apart.collect())
+    Ok(out)
 }
 
-impl MetaRaw {
-    fn meta(&self) -> DeliverMeta {
-        DeliverMeta {
-            offset: Offset(self.offset.get()),
+const WRONG: FrameError = FrameError::Body("the lengths of a delivery contradict each other");
+
+/// The next bytes of a body, which are there.
+fn table(body: &mut impl Buf, bytes: usize) -> Result<Bytes, FrameError> {
+    if bytes > body.remaining() {
+        return Err(WRONG);
+    }
+    Ok(body.copy_to_bytes(bytes))
+}
+
+impl RunRaw {
+    /// What is said of its first message; all of its offsets can be told.
+    fn first(&self) -> Result<DeliverMeta, FrameError> {
+        let offset = self.offset.get();
+        if offset.checked_add(u64::from(self.count.get())).is_none() {
+            return Err(FrameError::Body("a delivery's offsets overflow"));
+        }
+        Ok(DeliverMeta {
+            offset: Offset(offset),
             published_at: Stamp(self.published_at.get()),
             delivery: Delivery(self.delivery.get()),
             attempt: self.attempt.get(),
-            extra_bytes: self.extra_bytes.get(),
-            message_bytes: self.message_bytes.get(),
-            reserved: self.reserved.get(),
-        }
+        })
     }
 }
 
@@ -439,7 +508,6 @@ fn rows_of<T: FromBytes + KnownLayout + Immutable + Unaligned>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::message::Message;
     use proptest::prelude::*;
 
     #[test]
@@ -510,26 +578,80 @@ mod tests {
 
     #[test]
     fn a_delivery_is_taken_apart() {
-        let mut message = BytesMut::new();
-        Message::new("payload").encode(Sequence(1), &mut message);
-        let meta = DeliverMeta {
+        let first = DeliverMeta {
             offset: Offset(7),
+            published_at: Stamp(9),
             delivery: Delivery(2),
-            attempt: 2,
-            extra_bytes: 3,
-            message_bytes: message.len() as u32,
-            ..Default::default()
+            attempt: 3,
         };
-        let mut body = BytesMut::new();
-        body.put_slice(&deliver_prefix(1, DELIVER_META_BYTES + 3 + message.len()));
-        meta.encode(&mut body);
-        body.put_slice(b"abc");
-        body.put_slice(&message);
-        let got = decode_deliver(body.freeze().slice(HEADER_BYTES..)).unwrap();
-        assert_eq!(got.len(), 1);
-        assert_eq!(got[0].meta, meta);
-        assert_eq!(&got[0].extra[..], b"abc");
-        assert_eq!(&got[0].message[..], &message[..]);
+        let alone = DeliverMeta {
+            offset: Offset(20),
+            ..first
+        };
+        let mut head = DeliverHead::default();
+        assert_eq!(head.push(first, b"", [2, 0]), 2);
+        assert_eq!(head.push(first, b"", []), 0);
+        assert_eq!(head.push(alone, b"abc", [1]), 1);
+        assert_eq!((head.messages(), head.message_bytes()), (3, 3));
+        let body = [&head.encode()[HEADER_BYTES..], b"xyz"].concat();
+
+        let got = decode_deliver(&body[..]).unwrap();
+        let metas: Vec<_> = got.iter().map(|got| got.meta).collect();
+        let second = DeliverMeta {
+            offset: Offset(8),
+            ..first
+        };
+        assert_eq!(metas, [first, second, alone]);
+        let bytes: Vec<_> = got.iter().map(|d| (&d.extra[..], &d.message[..])).collect();
+        assert_eq!(bytes, [(&b""[..], &b"xy"[..]), (b"", b""), (b"abc", b"z")]);
+        for cut in 0..body.len() {
+            assert!(decode_deliver(&body[..cut]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_delivery_has_these_bytes() {
+        let first = DeliverMeta {
+            offset: Offset(7),
+            published_at: Stamp(9),
+            delivery: Delivery(2),
+            attempt: 3,
+        };
+        let mut head = DeliverHead::default();
+        head.push(first, b"abc", [2, 1]);
+        #[rustfmt::skip]
+        let golden = [
+            62, 0, 0, 0, 35, 0, 0, 0,
+            1, 0, 0, 0, 2, 0, 0, 0,
+            7, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0,
+            2, 0, 0, 0, 3, 0, 0, 0, 2, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+            2, 0, 0, 0, 1, 0, 0, 0,
+            b'a', b'b', b'c',
+        ];
+        assert_eq!(head.encode()[..], golden);
+    }
+
+    #[test]
+    fn a_delivery_that_contradicts_itself_is_malformed() {
+        let frame = |offset: u64, count: u32, lengths: &[u32]| {
+            let mut body = BytesMut::new();
+            body.put_u32_le(1);
+            body.put_u32_le(lengths.len() as u32);
+            body.put_u64_le(offset);
+            body.put_slice(&[0; 16]);
+            body.put_u32_le(count);
+            body.put_slice(&[0; 12]);
+            lengths.iter().for_each(|&length| body.put_u32_le(length));
+            body.put_slice(b"xy");
+            decode_deliver(body).map(|all| all.len())
+        };
+        assert_eq!(frame(5, 2, &[1, 1]), Ok(2));
+        assert_eq!(frame(5, 3, &[1, 1]), Err(WRONG));
+        assert_eq!(frame(5, 1, &[1, 1]), Err(WRONG));
+        assert_eq!(frame(5, 2, &[2, 1]), Err(WRONG));
+        assert!(frame(u64::MAX, 1, &[1]).is_err());
+        assert!(frame(5, 0, &[]).is_err());
+        assert!(frame(5, 1, &vec![0; 4_097]).is_err());
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! From handed-out runs to deliver frames: bodies are sliced, not copied, behind their metas, unless a
+//! From handed-out runs to deliver frames: bodies are sliced, not copied, behind their head, unless a
 //! slice would keep much more memory alive than it has bytes until the peer acknowledges it.
 
 use std::collections::VecDeque;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use millpond_protocol::hot::{DELIVER_META_BYTES, DeliverMeta, deliver_prefix};
+use millpond_protocol::hot::{DeliverHead, DeliverMeta};
 use millpond_protocol::limits::DELIVER_MESSAGES_MAX;
 use millpond_protocol::message::MessageView;
 use millpond_protocol::{Offset, TopicId};
@@ -45,12 +45,22 @@ pub async fn gather<S: Storage>(
     let mut builder = Builder::default();
     let limit = usize::try_from(room).unwrap_or(usize::MAX).max(1);
     let (mut damaged, mut wanted) = (None, None);
-    while builder.bytes < limit && builder.count < DELIVER_MESSAGES_MAX {
+    while builder.head.message_bytes() < limit && builder.head.messages() < DELIVER_MESSAGES_MAX {
         let Some(mut run) = pending.pop_front() else {
             break;
         };
-        let most = run.count.min(DELIVER_MESSAGES_MAX - builder.count);
-        match read(context, ahead, &run, most, limit - builder.bytes).await {
+        let most = run
+            .count
+            .min(DELIVER_MESSAGES_MAX - builder.head.messages());
+        match read(
+            context,
+            ahead,
+            &run,
+            most,
+            limit - builder.head.message_bytes(),
+        )
+        .await
+        {
             Ok((bodies, _)) if bytes_of(&bodies) > limit => {
                 wanted = Some(bytes_of(&bodies) as u64);
             }
@@ -129,12 +139,9 @@ async fn read<S: Storage>(
 
 #[derive(Default)]
 struct Builder {
-    metas: BytesMut,
-    extras: BytesMut,
+    head: DeliverHead,
     bodies: Vec<Bytes>,
     small: BytesMut,
-    count: u32,
-    bytes: usize,
 }
 
 impl Builder {
@@ -142,34 +149,26 @@ impl Builder {
     fn push(&mut self, run: &Handout, bodies: &[Run], extra: &Bytes) -> u32 {
         let mut taken = 0;
         for body in bodies {
-            self.metas.reserve(DELIVER_META_BYTES * body.count as usize);
+            let first = DeliverMeta {
+                offset: Offset(run.offset.0 + u64::from(taken)),
+                published_at: body.stamp,
+                delivery: run.delivery,
+                attempt: run.attempt,
+            };
             let mut rest: &[u8] = &body.messages;
-            for _ in 0..body.count {
-                let Ok((view, behind)) = MessageView::split(rest) else {
-                    break;
-                };
-                DeliverMeta {
-                    offset: Offset(run.offset.0 + u64::from(taken)),
-                    published_at: body.stamp,
-                    delivery: run.delivery,
-                    attempt: run.attempt,
-                    extra_bytes: extra.len() as u32,
-                    message_bytes: view.bytes().len() as u32,
-                    reserved: 0,
-                }
-                .encode(&mut self.metas);
-                self.extras.extend_from_slice(extra);
-                (taken, rest) = (taken + 1, behind);
-            }
+            let lengths = (0..body.count).map_while(|_| {
+                let (view, behind) = MessageView::split(rest).ok()?;
+                rest = behind;
+                Some(view.bytes().len())
+            });
+            taken += self.head.push(first, extra, lengths);
             self.body(body, body.messages.len() - rest.len());
         }
-        self.count += taken;
         taken
     }
 
-    /// Adds the first bytes of a run: those of the messages that have a meta.
+    /// Adds the first bytes of a run: those of the messages that the head tells of.
     fn body(&mut self, run: &Run, bytes: usize) {
-        self.bytes += bytes;
         if bytes < COPY_BYTES_MAX || bytes < run.pinned / 2 {
             self.small.put_slice(&run.messages[..bytes]);
             return;
@@ -185,22 +184,17 @@ impl Builder {
     }
 
     fn finish(mut self) -> Option<DeliverFrame> {
-        if self.count == 0 {
+        if self.head.messages() == 0 {
             return None;
         }
         self.close_small();
-        let rest = self.metas.len() + self.extras.len() + self.bytes;
-        let mut head = BytesMut::with_capacity(16 + self.metas.len() + self.extras.len());
-        head.put_slice(&deliver_prefix(self.count, rest));
-        head.put_slice(&self.metas);
-        head.put_slice(&self.extras);
         let mut pieces = Vec::with_capacity(self.bodies.len() + 1);
-        pieces.push(head.freeze());
+        pieces.push(self.head.encode());
         pieces.append(&mut self.bodies);
         Some(DeliverFrame {
             pieces,
-            messages: u64::from(self.count),
-            bytes: self.bytes as u64,
+            messages: u64::from(self.head.messages()),
+            bytes: self.head.message_bytes() as u64,
         })
     }
 }

@@ -18,7 +18,7 @@ use millpond_protocol::control::{
 };
 use millpond_protocol::frame::{self, Frame, FrameType};
 use millpond_protocol::hot::{
-    AckKind, AckRow, Credit, DELIVER_META_BYTES, DeliverMeta, Publish, PublishAck, deliver_prefix,
+    AckKind, AckRow, Credit, DeliverHead, DeliverMeta, Publish, PublishAck,
 };
 use millpond_protocol::{
     Delivery, Epoch, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, SubscriptionId,
@@ -312,9 +312,8 @@ impl Duplex {
 
     /// Delivers these offsets, each with its offset as payload.
     pub async fn deliver(&mut self, delivery: u32, offsets: impl IntoIterator<Item = u64>) {
-        let mut metas = BytesMut::new();
+        let mut head = DeliverHead::default();
         let mut messages = BytesMut::new();
-        let mut count = 0;
         for offset in offsets {
             let before = messages.len();
             Message::new(offset.to_string()).encode(Sequence(offset + 1), &mut messages);
@@ -322,16 +321,11 @@ impl Duplex {
                 offset: Offset(offset),
                 delivery: Delivery(delivery),
                 attempt: delivery.max(1),
-                message_bytes: (messages.len() - before) as u32,
                 ..DeliverMeta::default()
             };
-            meta.encode(&mut metas);
-            count += 1;
+            head.push(meta, &[], [messages.len() - before]);
         }
-        assert_eq!(metas.len(), count as usize * DELIVER_META_BYTES);
-        let mut out = BytesMut::new();
-        out.put_slice(&deliver_prefix(count, metas.len() + messages.len()));
-        out.put_slice(&metas);
+        let mut out = BytesMut::from(&head.encode()[..]);
         out.put_slice(&messages);
         self.write_bytes(out.freeze()).await;
     }

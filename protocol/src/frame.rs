@@ -127,7 +127,7 @@ impl From<FrameError> for WireError {
     }
 }
 
-/// One frame: its type and its body, a slice of what was received.
+/// One frame: its type and its body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Frame {
     pub kind: FrameType,

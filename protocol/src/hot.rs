@@ -6,7 +6,7 @@
 //!                24 u32 retry_after_ms | 28 u32 zero
 //!                32 rows of 24: u64 last_sequence, u64 offset, u32 count, u32 kind
 //! ConsumerCredit 0 u64 max_messages | 8 u64 max_bytes | 16 u64 begun
-//! Deliver        0 u32 count | 4 u32 zero | 8 metas of 40 | extra header blocks | messages
+//! Deliver        0 u32 runs | 4 u32 messages | 8 what `DeliverHead` tells | messages
 //! Acks           0 u32 count | 4 u32 zero | 8 rows of 16: u64 offset, u32 delivery, u32 run
 //! Commit         0 u64 next offset
 //! ```
@@ -23,7 +23,7 @@ use crate::error::ErrorCode;
 use crate::frame::{FrameError, FrameType, HEADER_BYTES, header};
 use crate::ids::{Delivery, Offset, ProducerHandle, Sequence, Stamp};
 use crate::limits::{
-    BATCH_MESSAGES_MAX, DELIVER_MESSAGES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX,
+    BATCH_MESSAGES_MAX, DELIVER_MESSAGES_MAX, FRAME_BYTES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX,
 };
 
 /// A batch of messages whose sequences rise, and the sequence accepted before them.
@@ -243,12 +243,12 @@ pub struct DeliverMeta {
 }
 
 /// One delivered message.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delivered {
     pub meta: DeliverMeta,
     /// Broker-made headers, in the message's header layout.
     pub extra: Bytes,
-    /// The message's bytes as they were published. None: what is stored is damaged and cannot be shown.
+    /// The message's bytes as they were published. Empty: what is stored is damaged and cannot be shown.
     pub message: Bytes,
 }
 
@@ -273,8 +273,8 @@ pub struct DeliverHead {
 }
 
 impl DeliverHead {
-    /// Adds a run by its first message's meta, the headers of each of them, and the length of each. Returns
-    /// how many they are.
+    /// Adds a run by its first message's meta, the headers of each of them, and the length of each: as many
+    /// as the frame has room for. Returns how many they are.
     pub fn push(
         &mut self,
         first: DeliverMeta,
@@ -282,7 +282,14 @@ impl DeliverHead {
         lengths: impl IntoIterator<Item = usize>,
     ) -> u32 {
         let before = self.messages();
+        let begun = self.body_bytes() + size_of::<RunRaw>() + extra.len();
+        let mut room = FRAME_BYTES_MAX.saturating_sub(begun);
         for length in lengths {
+            let bytes = size_of::<U32>() + length;
+            if bytes > room || self.messages() == DELIVER_MESSAGES_MAX {
+                break;
+            }
+            room -= bytes;
             self.lengths.put_u32_le(length as u32);
             self.message_bytes += length;
         }
@@ -312,12 +319,18 @@ impl DeliverHead {
         self.message_bytes
     }
 
+    /// Bytes of the frame's body, messages included.
+    #[must_use]
+    pub fn body_bytes(&self) -> usize {
+        let tables = self.runs.len() + self.lengths.len() + self.extras.len();
+        DELIVER_FIXED + tables + self.message_bytes
+    }
+
     /// The frame's bytes before its messages.
     #[must_use]
     pub fn encode(&self) -> Bytes {
-        let tables = self.runs.len() + self.lengths.len() + self.extras.len();
-        let length = DELIVER_FIXED + tables + self.message_bytes;
-        let mut out = BytesMut::with_capacity(HEADER_BYTES + DELIVER_FIXED + tables);
+        let length = self.body_bytes();
+        let mut out = BytesMut::with_capacity(HEADER_BYTES + length - self.message_bytes);
         out.put_slice(&header(FrameType::Deliver, length));
         out.put_u32_le((self.runs.len() / size_of::<RunRaw>()) as u32);
         out.put_u32_le(self.messages());
@@ -369,6 +382,9 @@ pub fn decode_deliver(mut body: impl Buf) -> Result<Vec<Delivered>, FrameError> 
     let mut out = Vec::with_capacity(lengths.len());
     for run in runs {
         let first = run.first()?;
+        if run.count.get() == 0 {
+            return Err(WRONG);
+        }
         let extra = extras.split_to(run.extra_bytes.get() as usize);
         for nth in 0..run.count.get() {
             let length = lengths.next().ok_or(WRONG)?;
@@ -508,6 +524,7 @@ fn rows_of<T: FromBytes + KnownLayout + Immutable + Unaligned>(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::{EXTRA_BYTES_MAX, MESSAGE_BYTES_MAX};
     use proptest::prelude::*;
 
     #[test]
@@ -632,6 +649,28 @@ mod tests {
     }
 
     #[test]
+    fn no_more_is_told_of_than_a_frame_has_room_for() {
+        let meta = DeliverMeta::default();
+        let half = FRAME_BYTES_MAX / 2;
+        let mut head = DeliverHead::default();
+        assert_eq!(head.push(meta, b"", [half, half]), 1);
+        assert_eq!(head.push(meta, &vec![0; half], [0]), 0);
+        assert_eq!(head.push(meta, b"", [half - 100, 1, 1]), 1);
+        assert_eq!(head.body_bytes(), FRAME_BYTES_MAX - 4);
+        assert_eq!(head.push(meta, b"", [0]), 0);
+        assert_eq!(head.messages(), 2);
+        // Encoding checks the frame's length.
+        assert_eq!(head.encode().len(), HEADER_BYTES + 8 + 2 * 44);
+
+        let mut head = DeliverHead::default();
+        assert_eq!(head.push(meta, b"", [0; 5_000]), DELIVER_MESSAGES_MAX);
+        assert_eq!(head.push(meta, b"", [0]), 0);
+        let mut head = DeliverHead::default();
+        let largest = (&[0; EXTRA_BYTES_MAX], [MESSAGE_BYTES_MAX]);
+        assert_eq!(head.push(meta, largest.0, largest.1), 1);
+    }
+
+    #[test]
     fn a_delivery_that_contradicts_itself_is_malformed() {
         let frame = |offset: u64, count: u32, lengths: &[u32]| {
             let mut body = BytesMut::new();
@@ -651,7 +690,8 @@ mod tests {
         assert_eq!(frame(5, 2, &[2, 1]), Err(WRONG));
         assert!(frame(u64::MAX, 1, &[1]).is_err());
         assert!(frame(5, 0, &[]).is_err());
-        assert!(frame(5, 1, &vec![0; 4_097]).is_err());
+        assert_eq!(frame(5, 4_096, &[0; 4_096]), Ok(4_096));
+        assert!(frame(5, 4_097, &[0; 4_097]).is_err());
     }
 
     #[test]
@@ -691,7 +731,8 @@ mod tests {
             let _ = Publish::decode(&body);
             let _ = PublishAck::decode(&body);
             let _ = ConsumerCredit::decode(&body);
-            let _ = decode_deliver(&body[..]);
+            let (front, back) = body.split_at(body.len() / 2);
+            prop_assert_eq!(decode_deliver(&body[..]), decode_deliver(front.chain(back)));
             let _ = decode_acks(&body);
             let _ = decode_commit(&body);
         }

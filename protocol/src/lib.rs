@@ -24,7 +24,7 @@ pub use policy::{
     Backoff, Jitter, OnLimit, StartAt, SubscriptionConfig, SubscriptionMode, TopicConfig,
 };
 
-/// The ALPN protocol name. A change that older peers cannot read gets a new number.
+/// The ALPN protocol name. From the first release on, a change that older peers cannot read gets a new number.
 pub const ALPN: &[u8] = b"millpond/1";
 /// The lowest protocol version this build speaks.
 pub const VERSION_MIN: u16 = 1;

@@ -11,8 +11,11 @@ pub const HEADERS_MAX: usize = 256;
 /// Longest encoded message: fixed part, key, headers, payload.
 pub const MESSAGE_BYTES_MAX: usize =
     crate::message::FIXED_BYTES + KEY_BYTES_MAX + HEADERS_BYTES_MAX + PAYLOAD_BYTES_MAX;
-/// Longest frame body. One message of the largest size must fit, with its frame's fixed fields.
-pub const FRAME_BYTES_MAX: usize = MESSAGE_BYTES_MAX + 4096;
+/// Longest block of headers that the broker adds to a delivery, in bytes.
+pub const EXTRA_BYTES_MAX: usize = 8 << 10;
+/// Longest frame body. One message of the largest size must fit, with what the broker adds to it and with
+/// its frame's fixed fields.
+pub const FRAME_BYTES_MAX: usize = MESSAGE_BYTES_MAX + EXTRA_BYTES_MAX + 4096;
 /// Longest body of a control frame, in bytes; a larger answer is paged.
 pub const CONTROL_BYTES_MAX: usize = 4 << 20;
 /// Longest body of an answer, in bytes: one message of the largest size must fit on a page, with what

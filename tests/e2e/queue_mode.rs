@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use millpond_client::{
-    DeadReason, Error, LostReason, MessageState, Nack, Offset, Reject, Stamp, StartAt,
+    DeadReason, Error, LostReason, Message, MessageState, Nack, Offset, Reject, Stamp, StartAt,
     SubscriptionConfig,
 };
 
@@ -304,4 +304,25 @@ async fn publish_five(client: &millpond_client::Client) {
         .await
         .unwrap();
     publish(client, &["m0", "m1", "m2", "m3", "m4"]).await;
+}
+
+/// One is read from the disk and one is in the cache, which gives a message whatever its size: in one frame they
+/// would be more than it may have.
+#[tokio::test]
+async fn large_messages_behind_each_other_each_get_a_frame() {
+    let (broker, client) = broker().await;
+    let sizes = [9_500_000, 9_000_000];
+    // What a subscription waits for goes into the cache, which holds one of them.
+    drop(subscribe(&client, "billing", quick_retries(1, 3)).await);
+    let producer = client.producer("orders").open().await.unwrap();
+    for size in sizes {
+        producer.send(Message::new(vec![7; size])).await.unwrap();
+    }
+    let mut consumer = client.subscribe("orders", "billing").open().await.unwrap();
+    for size in sizes {
+        let delivery = next(&mut consumer).await;
+        assert_eq!((delivery.payload().len(), delivery.delivery()), (size, 1));
+        delivery.ack().await.unwrap();
+    }
+    broker.shutdown().await.unwrap();
 }

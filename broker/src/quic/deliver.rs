@@ -35,7 +35,8 @@ pub struct Gathered {
     pub wanted: Option<u64>,
 }
 
-/// Takes runs off `pending` until `room` bytes of messages are gathered, and at most as many beyond.
+/// Takes runs off `pending` until a frame has about `room` bytes: one more message like those in it would
+/// exceed it. One that is larger than they are may, and the frame has at most twice as many then.
 pub async fn gather<S: Storage>(
     context: &Context<S>,
     ahead: &mut Ahead<S>,
@@ -45,28 +46,22 @@ pub async fn gather<S: Storage>(
     let mut builder = Builder::default();
     let limit = usize::try_from(room).unwrap_or(usize::MAX).max(1);
     let (mut damaged, mut wanted) = (None, None);
-    while builder.head.message_bytes() < limit && builder.head.messages() < DELIVER_MESSAGES_MAX {
+    let mut is_full = false;
+    while !is_full && builder.has_room(limit) {
         let Some(mut run) = pending.pop_front() else {
             break;
         };
         let most = run
             .count
             .min(DELIVER_MESSAGES_MAX - builder.head.messages());
-        match read(
-            context,
-            ahead,
-            &run,
-            most,
-            limit - builder.head.message_bytes(),
-        )
-        .await
-        {
+        match read(context, ahead, &run, most, builder.room(limit)).await {
             Ok((bodies, _)) if bytes_of(&bodies) > limit => {
                 wanted = Some(bytes_of(&bodies) as u64);
             }
             Ok((bodies, extra)) => {
                 let taken = builder.push(&run, &bodies, &extra);
                 skip(&mut run, taken);
+                is_full = taken == 0;
             }
             Err(BodyError::Damaged { .. }) if run.elsewhere.is_some() => {
                 let next = Offset(run.offset.0 + 1);
@@ -94,6 +89,11 @@ pub async fn gather<S: Storage>(
         }
     }
     let frame = builder.finish();
+    if is_full && frame.is_none() {
+        return Err(StreamError::Gone(
+            "a message does not fit into a frame".to_owned(),
+        ));
+    }
     Ok(Gathered {
         // What is gathered goes first; then the large one is the first.
         wanted: wanted.filter(|_| frame.is_none()),
@@ -161,10 +161,32 @@ impl Builder {
                 rest = behind;
                 Some(view.bytes().len())
             });
-            taken += self.head.push(first, extra, lengths);
-            self.body(body, body.messages.len() - rest.len());
+            let before = self.head.message_bytes();
+            let count = self.head.push(first, extra, lengths);
+            self.body(body, self.head.message_bytes() - before);
+            taken += count;
+            if count < body.count {
+                break;
+            }
         }
         taken
+    }
+
+    /// What is left of so many bytes; the first message may have all of them.
+    fn room(&self, limit: usize) -> usize {
+        match self.head.messages() {
+            0 => limit,
+            _ => limit.saturating_sub(self.head.body_bytes()),
+        }
+    }
+
+    /// Whether another message like those in it would exceed neither so many bytes nor their number.
+    fn has_room(&self, limit: usize) -> bool {
+        match self.head.messages() {
+            0 => true,
+            DELIVER_MESSAGES_MAX => false,
+            messages => self.room(limit) >= self.head.body_bytes() / messages as usize,
+        }
     }
 
     /// Adds the first bytes of a run: those of the messages that the head tells of.
@@ -242,5 +264,38 @@ mod tests {
         assert_eq!(offsets, [10, 11, 12]);
         let (view, _) = MessageView::split(&got[2].message).unwrap();
         assert_eq!(view.payload(), b"m3");
+    }
+
+    #[test]
+    fn a_frame_ends_where_another_large_message_would_not_fit() {
+        let run = Handout {
+            topic: TopicId(1),
+            offset: Offset(0),
+            count: 1,
+            delivery: Delivery(1),
+            attempt: 1,
+            elsewhere: None,
+        };
+        let body = |bytes| {
+            let mut messages = BytesMut::new();
+            Message::new(vec![7; bytes]).encode(Sequence(1), &mut messages);
+            Run {
+                base: Offset(0),
+                count: 1,
+                stamp: Stamp(1),
+                messages: messages.freeze(),
+                pinned: 0,
+            }
+        };
+        let (large, less) = (body(9_500_000), body(9_000_000));
+        let limit = large.messages.len() + 32;
+        let mut builder = Builder::default();
+        assert_eq!(builder.room(limit), limit);
+        assert_eq!(builder.push(&run, &[large], &Bytes::new()), 1);
+        assert!(!builder.has_room(limit));
+        // Together they would be more than a frame may have.
+        assert_eq!(builder.push(&run, &[less], &Bytes::new()), 0);
+        let frame = builder.finish().unwrap();
+        assert_eq!((frame.messages, frame.pieces.len()), (1, 2));
     }
 }

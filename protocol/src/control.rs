@@ -11,6 +11,7 @@ use crate::hot::Credit;
 use crate::ids::{
     Delivery, Epoch, Offset, ProducerHandle, Sequence, SessionId, Stamp, SubscriptionId, TopicId,
 };
+use crate::limits::REASON_BYTES_MAX;
 use crate::policy::{
     StartAt, SubscriptionConfig, SubscriptionMode, SubscriptionPatch, TopicConfig, TopicPatch,
 };
@@ -204,6 +205,19 @@ pub enum Outcome {
     Release { delay_ms: Option<u64> },
     /// Still working: the processing clock starts again. Volatile.
     Extend,
+}
+
+/// Cuts a reason to its limit at a character boundary.
+#[must_use]
+pub fn cut_reason(mut reason: String) -> String {
+    if reason.len() > REASON_BYTES_MAX {
+        let mut end = REASON_BYTES_MAX;
+        while !reason.is_char_boundary(end) {
+            end -= 1;
+        }
+        reason.truncate(end);
+    }
+    reason
 }
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -614,6 +628,13 @@ pub struct StatusView {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_reason_is_cut_between_characters() {
+        let found = cut_reason(format!("x{}", "é".repeat(REASON_BYTES_MAX)));
+        assert_eq!(found.len(), REASON_BYTES_MAX - 1);
+        assert!(found.ends_with('é'));
+    }
     use crate::frame::{FrameType, HEADER_BYTES, encode};
 
     #[test]

@@ -7,6 +7,9 @@ use millpond_client::{
     Client, DeadFilter, DeadLetterView, DeadReason, Delivery, Message, Nack, Offset, RedriveTarget,
     Reject, StartAt, SubscriptionConfig,
 };
+use millpond_protocol::limits::{
+    EXTRA_BYTES_MAX, HEADERS_BYTES_MAX, KEY_BYTES_MAX, PAYLOAD_BYTES_MAX, REASON_BYTES_MAX,
+};
 use tokio::time::sleep;
 
 use crate::common::{
@@ -336,6 +339,38 @@ async fn a_page_of_many_long_stories_fits_its_frame() {
     let found = by_pages(&client).await;
     assert!(found.iter().map(|letter| letter.offset.0).eq(0..total));
     assert!(found.iter().all(|letter| letter.history.len() == 10));
+    broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn the_largest_message_with_the_longest_story_is_delivered_as_a_dead_letter() {
+    let (broker, client) = broker().await;
+    let name = "b".repeat(150);
+    let failing = client
+        .subscribe("orders", &name)
+        .consumer_name("c".repeat(200));
+    let failing = failing.create(quick_retries(0, 10), StartAt::Earliest);
+    let mut consumer = failing.open().await.unwrap();
+    let mut largest = Message::new(vec![7; PAYLOAD_BYTES_MAX]);
+    largest.key = vec![8; KEY_BYTES_MAX].into();
+    let value = vec![9; HEADERS_BYTES_MAX - 7];
+    largest.headers.push(("h".to_owned(), value.into()));
+    producer(&client).await.send(largest).await.unwrap();
+    for _ in 0..10 {
+        let nack = Nack::new("x".repeat(REASON_BYTES_MAX)).code(u32::MAX);
+        next(&mut consumer).await.nack(nack).await.unwrap();
+    }
+
+    let dead = client.subscribe(format!("orders.{name}.dead"), "look");
+    let dead = dead.create(SubscriptionConfig::default(), StartAt::Earliest);
+    let letter = next(&mut dead.open().await.unwrap()).await;
+    assert_eq!(letter.payload().len(), PAYLOAD_BYTES_MAX);
+    let told = letter.headers().filter(|(name, _)| name.starts_with("mp-"));
+    let bytes: usize = told.map(|(name, value)| 6 + name.len() + value.len()).sum();
+    assert!((4_100..EXTRA_BYTES_MAX).contains(&bytes), "{bytes} bytes");
+    let history = letter.header("mp-dead-history").unwrap();
+    assert_eq!(history.iter().filter(|&&byte| byte == b'\n').count(), 10);
+    letter.ack().await.unwrap();
     broker.shutdown().await.unwrap();
 }
 

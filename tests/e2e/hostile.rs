@@ -6,15 +6,15 @@ use bytes::Bytes;
 use millpond_client::{Client, Error, ErrorCode, Message, StartAt};
 use millpond_protocol::WireError;
 use millpond_protocol::control::{
-    CloseProducer, Leaving, OpenProducer, OpenSettlements, ProducerEnded, ProducerOpened,
-    ProducerResume, SettleRefused, Settled,
+    CloseProducer, LeaseName, Leaving, OpenProducer, OpenSettlements, Outcome, ProducerEnded,
+    ProducerOpened, ProducerResume, RejectKind, Settle, SettleItem, SettleRefused, Settled,
 };
 use millpond_protocol::frame::{FrameType, body_bytes_max};
 use millpond_protocol::hot::{
     AckKind, AckRun, ConsumerCredit, Credit, PublishAck, decode_deliver, encode_acks,
 };
 use millpond_protocol::ids::{Delivery, Offset, ProducerHandle, Sequence, SessionId};
-use millpond_protocol::limits::{PRODUCER_ID_BYTES_MAX, STREAM_PRODUCERS_MAX};
+use millpond_protocol::limits::{PRODUCER_ID_BYTES_MAX, REASON_BYTES_MAX, STREAM_PRODUCERS_MAX};
 use quinn::ConnectionError;
 use tokio::time::timeout;
 
@@ -687,4 +687,44 @@ fn acks(runs: &[AckRun]) -> Bytes {
     let mut out = bytes::BytesMut::new();
     encode_acks(runs, &mut out);
     out.freeze()
+}
+
+/// What a reason says goes with every delivery of the dead letter.
+#[tokio::test]
+async fn a_reason_beyond_its_limit_is_refused_and_settles_nothing() {
+    let (broker, client) = broker().await;
+    let raw = Peer::new(&broker).welcomed(&broker).await;
+    let (mut wire, opened) = raw.consumer("c").await;
+    let mut settlements = raw.settlements(&opened).await;
+    let credit = Credit {
+        max_messages: 1,
+        max_bytes: 1_000,
+    };
+    wire.bytes(&ConsumerCredit { credit, begun: 1 }.encode())
+        .await;
+    publish(&client, &["a"]).await;
+    let frame = wire.next_of(FrameType::Deliver).await;
+    let meta = decode_deliver(frame.body).unwrap()[0].meta;
+    let item = SettleItem {
+        lease: LeaseName {
+            offset: meta.offset,
+            delivery: meta.delivery,
+        },
+        outcome: Outcome::Reject {
+            kind: RejectKind::Rejected,
+            code: 0,
+            reason: "x".repeat(REASON_BYTES_MAX + 1),
+        },
+    };
+    let settle = Settle { items: vec![item] };
+    settlements.control(FrameType::Settle, &settle).await;
+    is(
+        &settlements.refusal().await,
+        ErrorCode::TooLarge,
+        FrameType::Settle,
+    );
+    let view = client.subscription("orders", "c").await.unwrap();
+    assert_eq!((view.backlog, view.dead), (1, 0));
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
 }

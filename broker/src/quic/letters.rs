@@ -2,7 +2,7 @@
 //! holds its last settlement. The message itself stays untouched.
 
 use bytes::{Bytes, BytesMut};
-use millpond_protocol::control::{DeadLetterView, DeadReason, HistoryView, Outcome};
+use millpond_protocol::control::{DeadLetterView, DeadReason, HistoryView, Outcome, cut_reason};
 use millpond_protocol::limits::HISTORY_MAX;
 use millpond_protocol::message::put_header;
 use millpond_protocol::{Offset, Stamp};
@@ -112,15 +112,15 @@ fn words(text: &str) -> Story {
     }
 }
 
-/// The `mp-dead-*` headers of a letter, in the message's header layout. `published_at` is unknown when
-/// the body is damaged.
+/// The `mp-dead-*` headers of a letter, in the message's header layout, at most `EXTRA_BYTES_MAX`.
+/// `published_at` is unknown when the body is damaged.
 #[must_use]
 pub fn headers(letter: &Letter, story: &Story, published_at: Option<Stamp>) -> Bytes {
     let mut out = BytesMut::new();
     let mut put = |name: &str, value: String| put_header(&mut out, name, value.as_bytes());
     put("mp-dead-reason", letter.reason.as_str().to_owned());
     put("mp-dead-error-code", story.code.to_string());
-    put("mp-dead-error", story.text.clone());
+    put("mp-dead-error", cut_reason(story.text.clone()));
     put("mp-dead-topic", letter.source_topic.to_string());
     put("mp-dead-offset", letter.source_offset.to_string());
     put("mp-dead-subscription", letter.subscription.to_string());

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use millpond_protocol::control::{OpenSettlements, Settle, SettleRefused, Settled};
+use millpond_protocol::control::{OpenSettlements, Outcome, Settle, SettleRefused, Settled};
 use millpond_protocol::frame::{Frame, FrameType, empty};
 use millpond_protocol::hot::{decode_acks, decode_commit};
-use millpond_protocol::limits::{SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
+use millpond_protocol::limits::{REASON_BYTES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, SessionId, WireError};
 use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
@@ -101,6 +101,13 @@ impl Unanswered {
     }
 }
 
+fn reason_bytes(outcome: &Outcome) -> usize {
+    match outcome {
+        Outcome::Nack { reason, .. } | Outcome::Reject { reason, .. } => reason.len(),
+        Outcome::Release { .. } | Outcome::Extend => 0,
+    }
+}
+
 async fn read<S: Storage>(
     context: &Context<S>,
     peer: &Peer,
@@ -126,6 +133,13 @@ async fn read<S: Storage>(
                 let Settle { items } = frame.decode()?;
                 if items.len() > SETTLE_ROWS_MAX as usize {
                     let text = format!("a settle frame has at most {SETTLE_ROWS_MAX} items");
+                    return Err(WireError::new(ErrorCode::TooLarge, text).into());
+                }
+                if items
+                    .iter()
+                    .any(|item| reason_bytes(&item.outcome) > REASON_BYTES_MAX)
+                {
+                    let text = format!("a reason has at most {REASON_BYTES_MAX} bytes; shorten it");
                     return Err(WireError::new(ErrorCode::TooLarge, text).into());
                 }
                 Input::Settle {

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use millpond_protocol::control::{LostReason, Outcome, RejectKind};
-use millpond_protocol::limits::{DELAY_MS_MAX, REASON_BYTES_MAX};
+use millpond_protocol::control::{LostReason, Outcome, RejectKind, cut_reason};
+use millpond_protocol::limits::DELAY_MS_MAX;
 
 use super::session::{Held, Session, Taken};
 use super::settle::SettleSlot;
@@ -283,7 +283,7 @@ impl From<Nack> for Outcome {
         Self::Nack {
             delay_ms: nack.delay.map(millis),
             code: nack.code,
-            reason: cut(nack.reason),
+            reason: cut_reason(nack.reason),
         }
     }
 }
@@ -297,7 +297,7 @@ impl From<Reject> for Outcome {
                 RejectKind::Rejected
             },
             code: reject.code,
-            reason: cut(reject.reason),
+            reason: cut_reason(reject.reason),
         }
     }
 }
@@ -312,29 +312,9 @@ fn millis(delay: Duration) -> u64 {
     u64::try_from(delay.as_millis()).map_or(DELAY_MS_MAX, |ms| ms.min(DELAY_MS_MAX))
 }
 
-/// Cuts a reason to its limit at a character boundary.
-fn cut(mut reason: String) -> String {
-    if reason.len() > REASON_BYTES_MAX {
-        let mut end = REASON_BYTES_MAX;
-        while !reason.is_char_boundary(end) {
-            end -= 1;
-        }
-        reason.truncate(end);
-    }
-    reason
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_long_reason_is_cut_between_characters() {
-        let reason = "é".repeat(REASON_BYTES_MAX);
-        let found = cut(format!("x{reason}"));
-        assert_eq!(found.len(), REASON_BYTES_MAX - 1);
-        assert!(found.ends_with('é'));
-    }
 
     #[test]
     fn a_delay_is_at_most_thirty_days() {

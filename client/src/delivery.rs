@@ -1,4 +1,4 @@
-//! A message as a consumer gets it: slices of the received frame, never a copy.
+//! A message as a consumer gets it: slices of what was received, copied only where datagrams part it.
 
 use bytes::{Buf, Bytes};
 use millpond_protocol::hot::{DeliverMeta, Delivered};
@@ -85,6 +85,8 @@ impl Received {
     }
 
     /// The payload; empty if the stored bytes are damaged.
+    ///
+    /// Kept, it keeps the memory of what came with it: 64 KiB as a rule, 4 MiB at most. Copy what is kept long.
     #[must_use]
     pub fn payload(&self) -> &Bytes {
         &self.payload

@@ -70,6 +70,12 @@ pub const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 pub const READ_CHUNKS: usize = 32;
 /// Bytes of a buffer in which pieces of messages are put together, many to a buffer.
 pub const JOINED_BYTES: usize = 64 << 10;
+/// Pieces of a frame that are kept as they came, however small they are.
+pub const PIECES_MIN: usize = 64;
+/// Bytes that further pieces have on the average; smaller ones are put together.
+pub const PIECE_BYTES_MIN: usize = 512;
+/// Pieces that there is room for while none is there; 32 bytes each.
+pub const PIECES_KEPT: usize = 512;
 
 /// Control requests waiting to be written.
 pub const CONTROL_QUEUE: usize = 64;

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use crate::limits::JOINED_BYTES;
+use crate::limits::{JOINED_BYTES, PIECE_BYTES_MIN, PIECES_KEPT, PIECES_MIN};
 
 /// What has come of a stream and is not taken yet.
 ///
-/// What lies within one piece is handed out as it is, and keeps the memory of the datagrams that came with it
-/// alive: at most the 64 KiB that the kernel hands over at once. What spans pieces is copied.
+/// What lies within one piece is handed out as it is, and keeps the memory of what came with it alive: as a rule
+/// the 64 KiB that the kernel hands over at once; where datagrams were lost or came faster than they were read, up
+/// to a stream's window, because the QUIC library puts them together then. What spans pieces is copied.
 #[derive(Default)]
 pub struct Pieces {
     /// None of them is empty.
@@ -20,11 +21,17 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Puts a piece behind the others.
+    /// Puts a piece behind the others. Many small ones are put together, because each may keep a whole datagram.
     pub fn push(&mut self, piece: Bytes) {
-        if !piece.is_empty() {
-            self.bytes += piece.len();
-            self.pieces.push_back(piece);
+        if piece.is_empty() {
+            return;
+        }
+        self.bytes += piece.len();
+        self.pieces.push_back(piece);
+        if self.pieces.len() > PIECES_MIN + self.bytes / PIECE_BYTES_MIN {
+            let all = self.join(self.bytes);
+            self.bytes = all.len();
+            self.pieces.push_back(all);
         }
     }
 
@@ -55,7 +62,7 @@ impl Pieces {
             self.advance(part);
         }
         let out = joined.split().freeze();
-        if self.bytes > 0 {
+        if self.bytes > 0 && joined.capacity() > 0 {
             self.joined = joined;
         }
         out
@@ -65,8 +72,9 @@ impl Pieces {
         assert!(bytes <= self.bytes, "no more is taken than is there");
         self.bytes -= bytes;
         if self.bytes == 0 {
-            // A stream on which nothing comes holds none.
+            // A stream on which nothing comes holds little.
             self.joined = BytesMut::new();
+            self.pieces.shrink_to(PIECES_KEPT);
         }
     }
 }
@@ -141,6 +149,18 @@ mod tests {
         assert_eq!((&one[..], &two[..]), (&[1, 2][..], &[3, 4][..]));
         assert_eq!(two.as_ptr(), one.as_ptr().wrapping_add(2));
         assert_eq!(pieces.remaining(), 0);
+    }
+
+    #[test]
+    fn small_pieces_do_not_pile_up() {
+        let mut pieces = Pieces::default();
+        for n in 0..20_000_u32 {
+            pieces.push(Bytes::from(vec![n as u8]));
+            assert!(pieces.pieces.len() <= PIECES_MIN + pieces.bytes / PIECE_BYTES_MIN);
+        }
+        let all = pieces.copy_to_bytes(20_000);
+        assert!(all.iter().zip(0..20_000_u32).all(|(&a, n)| a == n as u8));
+        assert!(pieces.pieces.capacity() <= 2 * PIECES_KEPT);
     }
 
     proptest! {

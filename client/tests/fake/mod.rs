@@ -314,16 +314,23 @@ impl Duplex {
     pub async fn deliver(&mut self, delivery: u32, offsets: impl IntoIterator<Item = u64>) {
         let mut head = DeliverHead::default();
         let mut messages = BytesMut::new();
-        for offset in offsets {
-            let before = messages.len();
-            Message::new(offset.to_string()).encode(Sequence(offset + 1), &mut messages);
+        let mut offsets = offsets.into_iter().peekable();
+        while let Some(first) = offsets.next() {
+            let mut lengths = Vec::new();
+            let mut next = Some(first);
+            while let Some(offset) = next {
+                let before = messages.len();
+                Message::new(offset.to_string()).encode(Sequence(offset + 1), &mut messages);
+                lengths.push(messages.len() - before);
+                next = offsets.next_if_eq(&(offset + 1));
+            }
             let meta = DeliverMeta {
-                offset: Offset(offset),
+                offset: Offset(first),
                 delivery: Delivery(delivery),
                 attempt: delivery.max(1),
                 ..DeliverMeta::default()
             };
-            head.push(meta, &[], [messages.len() - before]);
+            head.push(meta, &[], lengths);
         }
         let mut out = BytesMut::from(&head.encode()[..]);
         out.put_slice(&messages);

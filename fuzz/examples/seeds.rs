@@ -14,8 +14,8 @@ use millpond_protocol::control::{
 };
 use millpond_protocol::frame::{FrameType, empty, encode};
 use millpond_protocol::hot::{
-    AckKind, AckRow, AckRun, ConsumerCredit, Credit, DeliverHead, DeliverMeta, Publish,
-    PublishAck, encode_acks, encode_commit,
+    AckKind, AckRow, AckRun, ConsumerCredit, Credit, DeliverHead, DeliverMeta, Publish, PublishAck,
+    encode_acks, encode_commit,
 };
 use millpond_protocol::{
     Delivery, Epoch, ErrorCode, LogIndex, Message, Offset, ProducerHandle, ProducerKey, Sequence,

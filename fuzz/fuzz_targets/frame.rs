@@ -3,7 +3,7 @@
 
 use std::fmt::Debug;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use libfuzzer_sys::fuzz_target;
 use millpond_protocol::control as c;
 use millpond_protocol::frame::{self, Frame, FrameType, HEADER_BYTES, body_bytes_max};
@@ -129,9 +129,12 @@ fn publish(body: &Bytes) {
     }
 }
 
-/// A delivery is slices of what was received, never more than that.
+/// A delivery is the same however its body lies, and its messages are no more than that.
 fn deliver(body: &Bytes) {
-    let Ok(delivered) = hot::decode_deliver(body.clone()) else {
+    let whole = hot::decode_deliver(body.clone());
+    let (front, back) = body.split_at(body.len() / 2);
+    assert_eq!(whole, hot::decode_deliver(front.chain(back)));
+    let Ok(delivered) = whole else {
         return;
     };
     // The headers are those of a run.

@@ -314,9 +314,12 @@ fn shard_options(config: &Config) -> ShardOptions {
     }
 }
 
-/// A full group may be followed by one more message of the largest size, and by a mark of it.
-const ENTRY_BYTES_MAX: usize =
-    crate::shard::GROUP_BYTES_TARGET + millpond_protocol::limits::FRAME_BYTES_MAX + (4 << 20);
+/// A full group may be followed by one more message of the largest size, and by a mark of it; what dispatching proposes
+/// stands before and behind that.
+const ENTRY_BYTES_MAX: usize = crate::shard::GROUP_BYTES_TARGET
+    + millpond_protocol::limits::FRAME_BYTES_MAX
+    + (4 << 20)
+    + 2 * millpond_queue::OVERDUE_BYTES_MAX;
 
 fn as_usize(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)

@@ -13,7 +13,7 @@ use millpond_protocol::{Stamp, SubscriptionId};
 use std::ops::Bound;
 
 use crate::effect::Proposal;
-use crate::limits::{QUANTUM, RINGS_MAX};
+use crate::limits::{OVERDUE_MAX, QUANTUM, RINGS_MAX};
 use crate::queue::Queue;
 
 impl Queue {
@@ -21,10 +21,16 @@ impl Queue {
     /// True: there is more to do at once.
     pub fn dispatch(&mut self, now: Stamp, budget: usize, out: &mut Vec<Proposal>) -> bool {
         let now = now.max(self.last);
+        let mut overdue = 0;
         for _ in 0..RINGS_MAX {
-            match self.work.timers.ring(now) {
-                Some(timer) => self.ring(timer, now, out),
-                None => break,
+            let Some(timer) = self.work.timers.ring(now) else {
+                break;
+            };
+            let before = out.len();
+            self.ring(timer, now, out);
+            overdue += out[before..].iter().map(Proposal::overdue).sum::<usize>();
+            if overdue >= OVERDUE_MAX {
+                break;
             }
         }
         let mut left = budget;

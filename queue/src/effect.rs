@@ -12,7 +12,7 @@ use millpond_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::record::Record;
+use crate::record::{Expired, Record};
 
 /// Where a record stands in the log.
 #[derive(
@@ -173,6 +173,17 @@ pub enum Proposal {
         session: SessionId,
         notice: ConsumerNotice,
     },
+}
+
+impl Proposal {
+    /// How many messages it takes back because they took too long.
+    #[must_use]
+    pub(crate) fn overdue(&self) -> usize {
+        match self {
+            Self::Log(Record::Expire(Expired::Processing { items, .. })) => items.len(),
+            _ => 0,
+        }
+    }
 }
 
 /// Consecutive offsets handed out with one delivery number.

@@ -29,7 +29,7 @@ pub use effect::{
     AppendedRun, Attached, Effect, Handout, Outcome, Place, Proposal, Refusal, RestoreError,
     SnapshotDelta,
 };
-pub use limits::{Options, PRODUCER_IDLE_MS, SESSION_GRACE_MS};
+pub use limits::{OVERDUE_BYTES_MAX, Options, PRODUCER_IDLE_MS, SESSION_GRACE_MS};
 pub use queue::Queue;
 pub use record::{
     Expired, FailureKind, HistoryItem, LEASE_FIXED_BYTES, LeaseRange, Mark, OffsetRun, Overdue,
@@ -37,7 +37,7 @@ pub use record::{
     TopicMark, kind, publish_header,
 };
 pub use state::dead_letter::Letter;
-pub use state::snapshot::FORMAT as SNAPSHOT_FORMAT;
+pub use state::snapshot::{FORMAT as SNAPSHOT_FORMAT, ROWS_CHUNK_BYTES_MAX};
 pub use view::DeadPage;
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Named bounds of the core, with what they cost.
 
+use millpond_protocol::limits::{CONSUMER_NAME_BYTES_MAX, HISTORY_MAX};
+
 /// What the core is configured with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -45,6 +47,13 @@ pub(crate) const SHELVES_OPENED_MAX: usize = 8;
 pub(crate) const SCAN_MAX: u64 = 65_536;
 /// Most messages that one record expires or files.
 pub(crate) const EXPIRE_MAX: u64 = 1_024;
+/// Messages that took too long after which one `dispatch` looks at no further timers: each is told of with its history.
+pub(crate) const OVERDUE_MAX: usize = 1_024;
+/// Bytes of what one `dispatch` proposes because handlers took too long, at the most: ten lines of history for each
+/// message, with the longest names.
+pub const OVERDUE_BYTES_MAX: usize =
+    (OVERDUE_MAX + EXPIRE_MAX as usize) * OVERDUE_MESSAGE_BYTES_MAX;
+const OVERDUE_MESSAGE_BYTES_MAX: usize = 64 + HISTORY_MAX * (CONSUMER_NAME_BYTES_MAX + 40);
 /// Most letters in one step of a redrive.
 pub(crate) const REDRIVE_STEP_MAX: usize = 256;
 /// Most letters that one step looks at.

@@ -73,6 +73,10 @@ pub enum SnapshotError {
         found: u16,
         known: u16,
     },
+    #[error(
+        "a part of the state has {bytes} bytes, the limit is {CHUNK_BYTES_MAX}; report this, and what the broker holds"
+    )]
+    ChunkTooLarge { bytes: usize },
     #[error("cannot {what} {file}")]
     Io {
         what: &'static str,
@@ -390,7 +394,7 @@ fn read_table(file: &impl StorageFile, header: &Header) -> io::Result<Option<Tab
 pub const FILES_MAX: usize = 32;
 
 /// The largest chunk: what one read allocates.
-pub const CHUNK_BYTES_MAX: usize = 16 << 20;
+pub const CHUNK_BYTES_MAX: usize = 64 << 20;
 
 #[cfg(test)]
 mod tests;

@@ -172,6 +172,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                         tracing::warn!(%error, "a snapshot could not be written; the next one has its changes too");
                         self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
+                    Err(error @ SnapshotError::ChunkTooLarge { .. }) => {
+                        tracing::error!(%error, "a snapshot could not be written: a start takes longer");
+                        self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
+                    }
                     Err(error) => return Err(error.into()),
                 }
             }
@@ -282,7 +286,11 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     fn reclaim(&mut self, out: &mut Outbox<S>) -> Result<(), Fatal> {
         let mut dead = Vec::new();
         let mut mostly_dead = None;
-        let mut runs_left = LET_GO_RUNS_MAX;
+        // While a full disk holds the group, it would be told of the same again and again.
+        let mut runs_left = match self.held_until_us {
+            Some(_) => 0,
+            None => LET_GO_RUNS_MAX,
+        };
         for segment in self.log.segments() {
             if segment.stage != Stage::Sealed || !segment.covered {
                 continue;
@@ -394,6 +402,9 @@ fn unless_full<T>(result: Result<T, JobError>, what: &str) -> Result<Option<T>, 
         Err(error) => Err(error.into()),
     }
 }
+
+const _: () =
+    assert!(millpond_queue::ROWS_CHUNK_BYTES_MAX <= millpond_wal::snapshot::CHUNK_BYTES_MAX);
 
 fn is_disk_full(error: &SnapshotError) -> bool {
     matches!(error, SnapshotError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)

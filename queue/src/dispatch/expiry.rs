@@ -219,9 +219,18 @@ impl Queue {
         let (mut overdue, mut held) = (Vec::new(), Vec::new());
         while let Some(clock) = session.live.clocks.front().copied()
             && clock.at.plus_ms(processing) <= now
-            && overdue.len() < EXPIRE_MAX as usize
+            && let left @ 1.. = EXPIRE_MAX.saturating_sub(overdue.len() as u64)
         {
             session.live.clocks.pop_front();
+            let end = clock.end.min(clock.first + left);
+            if end < clock.end {
+                let rest = Clock {
+                    first: end,
+                    ..clock
+                };
+                session.live.clocks.push_front(rest);
+            }
+            let clock = Clock { end, ..clock };
             for run in leased(sub, id, clock) {
                 match run.begun {
                     Some(at) if at == clock.at => {

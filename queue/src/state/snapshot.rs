@@ -70,6 +70,12 @@ struct TopicChunk {
     is_dead_letter: bool,
 }
 
+/// Bytes of the largest chunk of rows: each message of its span was published more than a row's time after the
+/// one before. No other chunk is larger.
+pub const ROWS_CHUNK_BYTES_MAX: usize = (ROW_CHUNK_BYTES_MAX << ROWS_SHIFT) + VARINT_BYTES_MAX;
+const ROW_CHUNK_BYTES_MAX: usize = 4 * VARINT_BYTES_MAX;
+const VARINT_BYTES_MAX: usize = 10;
+
 #[derive(Serialize, Deserialize)]
 struct RowChunk {
     first: u64,
@@ -565,4 +571,21 @@ fn filled<T: Serialize>(is_empty: bool, value: &T) -> Option<Bytes> {
 fn list<T: Serialize>(items: impl Iterator<Item = T>) -> Option<Bytes> {
     let items: Vec<T> = items.collect();
     filled(items.is_empty(), &items)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_has_at_most_the_bytes_that_are_counted_for_it() {
+        let row = RowChunk {
+            first: u64::MAX,
+            stamp: Stamp(u64::MAX),
+            last: Stamp(u64::MAX),
+            before: u64::MAX,
+        };
+        let bytes = postcard::to_stdvec(&row).unwrap();
+        assert_eq!(bytes.len(), ROW_CHUNK_BYTES_MAX);
+    }
 }

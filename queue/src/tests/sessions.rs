@@ -285,6 +285,50 @@ fn the_processing_clock_starts_when_the_message_is_begun() {
     assert_eq!(rig.view(sub).in_flight, 1);
 }
 
+/// Each is told of with its history, and a record has a largest size.
+#[test]
+fn what_was_begun_together_and_takes_too_long_is_told_of_in_several_records() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let config = SubscriptionConfig {
+        processing_timeout_ms: 5_000,
+        ..plain()
+    };
+    let mut sessions = Vec::new();
+    for nth in 1..=2 {
+        let name = format!("s{nth}");
+        sessions.push(rig.sub_with(topic, &name, config.clone()));
+    }
+    rig.publish(topic, 3_000);
+    for (nth, sub) in (1..).zip(&sessions) {
+        rig.consumer(*sub, nth, 3_000);
+    }
+    rig.run();
+    for (nth, sub) in (1..).zip(&sessions) {
+        assert_eq!(rig.view(*sub).in_flight, 3_000);
+        rig.say(nth, 3_000);
+    }
+    let late = rig.now.plus_ms(5_100);
+    let mut proposals = Vec::new();
+    assert!(
+        rig.queue.dispatch(late, 8_192, &mut proposals),
+        "there is more to do"
+    );
+    let overdue: Vec<_> = proposals.iter().map(Proposal::overdue).collect();
+    assert!(overdue.iter().sum::<usize>() <= 2_047, "{overdue:?}");
+    assert!(overdue.iter().all(|&items| items <= 1_024), "{overdue:?}");
+    for proposal in proposals {
+        if let Proposal::Log(record) = proposal {
+            rig.apply(&record);
+        }
+    }
+    rig.run_for(5_200);
+    for sub in sessions {
+        assert_eq!(rig.view(sub).in_flight, 0);
+        assert_eq!(retry(&rig, sub, 2_999).failures, 1);
+    }
+}
+
 // SEMANTICS 1.1
 #[test]
 fn extend_restarts_the_processing_clock() {

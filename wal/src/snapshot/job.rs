@@ -64,7 +64,7 @@ impl<S: Storage> SnapshotJob<S> {
     /// manifest names.
     ///
     /// # Panics
-    /// If `number` is not above the base's, or a chunk is larger than [`CHUNK_BYTES_MAX`].
+    /// If `number` is not above the base's.
     pub fn new(
         storage: S,
         pool: BufferPool,
@@ -82,9 +82,6 @@ impl<S: Storage> SnapshotJob<S> {
             assert!(base.number < number, "snapshot numbers ascend");
             assert!(base.index <= index, "a snapshot is not older than its base");
         }
-        for (id, bytes) in &dirty {
-            assert!(bytes.len() <= CHUNK_BYTES_MAX, "{id:?} is too large");
-        }
         SnapshotJob {
             storage,
             pool,
@@ -101,6 +98,11 @@ impl<S: Storage> SnapshotJob<S> {
     /// Writes the file and returns when it and its name are durable. After an error nothing of it
     /// counts, and what it left is replaced by the next job of this number.
     pub fn run(self) -> Result<SnapshotDone, SnapshotError> {
+        if let Some(bytes) = self.dirty.values().map(Bytes::len).max()
+            && bytes > CHUNK_BYTES_MAX
+        {
+            return Err(SnapshotError::ChunkTooLarge { bytes });
+        }
         let name = file_name(self.number);
         let io = |what| {
             let file = name.clone();

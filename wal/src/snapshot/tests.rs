@@ -456,3 +456,14 @@ const GOLDEN_TABLE: &str = "01000000000000000400000000000000\
   02000000000000000300000000000000\
   05000000000000000100000000000000001000000000000004000000cbccb23c\
   06000000000000000200000000000000001000000000000003000000fb261743";
+
+#[test]
+fn a_chunk_beyond_the_limit_fails_the_snapshot_and_nothing_else() {
+    let storage = SimStorage::new(1);
+    let large = Bytes::from(vec![0; CHUNK_BYTES_MAX + 1]);
+    let result = job(&storage, None, 1, vec![(ChunkId(1), large)], &[]).run();
+    assert!(matches!(
+        result,
+        Err(SnapshotError::ChunkTooLarge { bytes }) if bytes == CHUNK_BYTES_MAX + 1
+    ));
+}

@@ -105,8 +105,6 @@ pub const PREFETCH_MESSAGES: u32 = 1_000;
 pub const PREFETCH_BYTES: u64 = 32 << 20;
 /// Settlements waiting for their answer beyond which no further delivery is asked for.
 pub const SETTLEMENTS_PENDING_MAX: usize = 131_072;
-/// Settlements with a reason in one frame: with the longest reason they fit a control frame.
-pub const SETTLE_ITEMS_MAX: usize = 2_048;
 /// Names of lost leases remembered until their deliveries are settled.
 pub const LOST_LEASES_MAX: usize = 65_536;
 /// After this a dropped delivery comes again: the default policy's first backoff.
@@ -117,6 +115,7 @@ const _: () = assert!(PREFETCH_BYTES > MESSAGE_BYTES_MAX as u64);
 const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
 const _: () = assert!(MTU_MIN <= MTU_DEFAULT && MTU_DEFAULT <= MTU_MAX);
 const _: () = assert!(
-    SETTLE_ITEMS_MAX * (millpond_protocol::limits::REASON_BYTES_MAX + 64)
+    millpond_protocol::limits::SETTLE_ITEMS_MAX
+        * (millpond_protocol::limits::REASON_BYTES_MAX + 64)
         <= millpond_protocol::limits::CONTROL_BYTES_MAX
 );

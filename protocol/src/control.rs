@@ -408,7 +408,7 @@ pub enum Request {
 /// Which dead letters are meant. All conditions must hold; the default means all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeadFilter {
-    /// Offsets in the dead-letter topic; empty: any.
+    /// Offsets in the dead-letter topic, at most [`DEAD_OFFSETS_MAX`](crate::limits::DEAD_OFFSETS_MAX); empty: any.
     pub offsets: Vec<Offset>,
     pub reason: Option<DeadReason>,
     /// Most letters to take.

@@ -15,7 +15,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::{ErrorCode, WireError};
-use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX, RESPONSE_BYTES_MAX};
+use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX, PUBLISH_BYTES_MAX, RESPONSE_BYTES_MAX};
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 8;
@@ -225,7 +225,8 @@ pub fn peek(buffer: &[u8]) -> Result<Option<(FrameType, usize)>, FrameError> {
 #[must_use]
 pub const fn body_bytes_max(kind: FrameType) -> usize {
     match kind {
-        FrameType::Publish | FrameType::Deliver => FRAME_BYTES_MAX,
+        FrameType::Publish => PUBLISH_BYTES_MAX,
+        FrameType::Deliver => FRAME_BYTES_MAX,
         FrameType::SettlementsOpened
         | FrameType::Renew
         | FrameType::CloseSession

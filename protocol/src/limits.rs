@@ -13,8 +13,10 @@ pub const MESSAGE_BYTES_MAX: usize =
     crate::message::FIXED_BYTES + KEY_BYTES_MAX + HEADERS_BYTES_MAX + PAYLOAD_BYTES_MAX;
 /// Longest block of headers that the broker adds to a delivery, in bytes.
 pub const EXTRA_BYTES_MAX: usize = 8 << 10;
+/// Longest body of a publish frame. One message of the largest size must fit, with the frame's fixed fields.
+pub const PUBLISH_BYTES_MAX: usize = MESSAGE_BYTES_MAX + 4096;
 /// Longest frame body. One message of the largest size must fit, with what the broker adds to it and with
-/// its frame's fixed fields.
+/// its frame's fixed fields; so must the record of whatever was published by one frame.
 pub const FRAME_BYTES_MAX: usize = MESSAGE_BYTES_MAX + EXTRA_BYTES_MAX + 4096;
 /// Longest body of a control frame, in bytes; a larger answer is paged.
 pub const CONTROL_BYTES_MAX: usize = 4 << 20;
@@ -33,8 +35,12 @@ pub const BATCH_MESSAGES_MAX: u32 = 4096;
 pub const BATCH_BYTES_TARGET: usize = 256 << 10;
 /// Most deliveries in one deliver frame.
 pub const DELIVER_MESSAGES_MAX: u32 = 4096;
-/// Most acknowledgements or settlements in one frame.
+/// Most acknowledgements in one frame.
 pub const SETTLE_ROWS_MAX: u32 = 8192;
+/// Most settlements with a reason in one frame. The log keeps each with its message's history.
+pub const SETTLE_ITEMS_MAX: usize = 2_048;
+/// Most offsets by which dead letters are chosen.
+pub const DEAD_OFFSETS_MAX: usize = 1_000;
 /// Most offsets that the acknowledgements of one frame may cover together.
 pub const SETTLE_OFFSETS_MAX: u64 = 65_536;
 /// Longest topic or subscription name, in bytes.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use millpond_client::{Client, ErrorCode, Message, Subscription};
 use millpond_protocol::frame::{FrameType, HEADER_BYTES};
 use millpond_protocol::hot::{ConsumerCredit, Credit};
-use millpond_protocol::limits::FRAME_BYTES_MAX;
+use millpond_protocol::limits::PUBLISH_BYTES_MAX;
 use tokio::time::timeout;
 
 use crate::common::{
@@ -80,7 +80,7 @@ async fn frames_that_are_announced_and_never_sent_keep_their_memory_only_while_n
     for _ in 0..2 {
         let mut raw = peer.welcomed(&broker).await;
         let (mut wire, _) = raw.producer().await;
-        let head = head(FrameType::Publish as u8, FRAME_BYTES_MAX as u32, 0);
+        let head = head(FrameType::Publish as u8, PUBLISH_BYTES_MAX as u32, 0);
         // With so much of it that the broker knows whose it is.
         let fixed = &publish_frame(0, 1, &[])[HEADER_BYTES..];
         wire.bytes(&[&head, fixed].concat()).await;

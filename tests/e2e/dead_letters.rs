@@ -8,7 +8,8 @@ use millpond_client::{
     Reject, StartAt, SubscriptionConfig,
 };
 use millpond_protocol::limits::{
-    EXTRA_BYTES_MAX, HEADERS_BYTES_MAX, KEY_BYTES_MAX, PAYLOAD_BYTES_MAX, REASON_BYTES_MAX,
+    DEAD_OFFSETS_MAX, EXTRA_BYTES_MAX, HEADERS_BYTES_MAX, KEY_BYTES_MAX, PAYLOAD_BYTES_MAX,
+    REASON_BYTES_MAX,
 };
 use tokio::time::sleep;
 
@@ -339,6 +340,28 @@ async fn a_page_of_many_long_stories_fits_its_frame() {
     let found = by_pages(&client).await;
     assert!(found.iter().map(|letter| letter.offset.0).eq(0..total));
     assert!(found.iter().all(|letter| letter.history.len() == 10));
+    broker.shutdown().await.unwrap();
+}
+
+/// A job keeps them, and so does every snapshot.
+#[tokio::test]
+async fn dead_letters_are_chosen_by_a_bounded_number_of_offsets() {
+    let (broker, client) = broker().await;
+    drop(subscribe(&client, "billing", quick_retries(1, 1)).await);
+    let filter = |count| DeadFilter {
+        offsets: vec![Offset(1); count],
+        ..DeadFilter::default()
+    };
+    let purged = client.purge_dead_letters("orders", "billing", filter(DEAD_OFFSETS_MAX));
+    assert_eq!(purged.await.unwrap(), 0);
+    let too_many = filter(DEAD_OFFSETS_MAX + 1);
+    let purged = client.purge_dead_letters("orders", "billing", too_many.clone());
+    let error = purged.await.unwrap_err();
+    assert!(error.to_string().contains("1000 offsets"), "{error}");
+    let target = RedriveTarget::Subscription;
+    let redriven = client.redrive("orders", "billing", too_many, None, target);
+    let error = redriven.await.unwrap_err();
+    assert!(error.to_string().contains("1000 offsets"), "{error}");
     broker.shutdown().await.unwrap();
 }
 

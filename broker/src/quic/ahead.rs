@@ -144,6 +144,9 @@ impl<S: Storage> Ahead<S> {
                 break;
             }
             let taken = part.count;
+            if taken == 0 {
+                break;
+            }
             room = room.saturating_sub(part.messages.len());
             left -= taken;
             next = Offset(next.0 + u64::from(taken));

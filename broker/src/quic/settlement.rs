@@ -6,7 +6,7 @@ use std::sync::Arc;
 use millpond_protocol::control::{OpenSettlements, Outcome, Settle, SettleRefused, Settled};
 use millpond_protocol::frame::{Frame, FrameType, empty};
 use millpond_protocol::hot::{decode_acks, decode_commit};
-use millpond_protocol::limits::{REASON_BYTES_MAX, SETTLE_OFFSETS_MAX, SETTLE_ROWS_MAX};
+use millpond_protocol::limits::{REASON_BYTES_MAX, SETTLE_ITEMS_MAX, SETTLE_OFFSETS_MAX};
 use millpond_protocol::{ErrorCode, SessionId, WireError};
 use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
@@ -131,8 +131,8 @@ async fn read<S: Storage>(
             }
             FrameType::Settle => {
                 let Settle { items } = frame.decode()?;
-                if items.len() > SETTLE_ROWS_MAX as usize {
-                    let text = format!("a settle frame has at most {SETTLE_ROWS_MAX} items");
+                if items.len() > SETTLE_ITEMS_MAX {
+                    let text = format!("a settle frame has at most {SETTLE_ITEMS_MAX} items");
                     return Err(WireError::new(ErrorCode::TooLarge, text).into());
                 }
                 if items

@@ -1,8 +1,8 @@
 //! The control stream's requests: those that only look are answered at once, from what is durable;
 //! the others become records.
 
-use millpond_protocol::control::{Request, Response};
-use millpond_protocol::limits::PAGE_ROWS_MAX;
+use millpond_protocol::control::{DeadFilter, Request, Response};
+use millpond_protocol::limits::{DEAD_OFFSETS_MAX, PAGE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, SubscriptionId, TopicId, WireError, name};
 use millpond_queue::{Record, StartPosition};
 use millpond_wal::storage::Storage;
@@ -214,6 +214,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 rate_per_s,
                 target,
             } => {
+                check_offsets(filter)?;
                 let record = Record::Redrive {
                     topic: self.dead_topic(topic, subscription)?,
                     source_topic: topic,
@@ -229,6 +230,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                 subscription,
                 filter,
             } => {
+                check_offsets(filter)?;
                 let record = Record::DeadPurge {
                     topic: self.dead_topic(topic, subscription)?,
                     source_topic: topic,
@@ -287,4 +289,15 @@ fn unplanned() -> WireError {
         ErrorCode::Malformed,
         "this broker does not know that request; use a client of its version",
     )
+}
+
+/// A job keeps its filter, and each letter is looked up in it.
+fn check_offsets(filter: &DeadFilter) -> Result<(), WireError> {
+    if filter.offsets.len() <= DEAD_OFFSETS_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "dead letters are chosen by at most {DEAD_OFFSETS_MAX} offsets; ask for fewer at a time"
+    );
+    Err(WireError::new(ErrorCode::TooLarge, text))
 }

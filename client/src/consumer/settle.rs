@@ -15,13 +15,12 @@ use bytes::{Bytes, BytesMut};
 use millpond_protocol::control::{LeaseName, Outcome, Settle, SettleItem, Settled};
 use millpond_protocol::frame::{self, FrameType};
 use millpond_protocol::hot::{AckRun, encode_acks, encode_commit};
-use millpond_protocol::limits::SETTLE_ROWS_MAX;
+use millpond_protocol::limits::{SETTLE_ITEMS_MAX, SETTLE_ROWS_MAX};
 use millpond_protocol::{ErrorCode, Offset};
 use tokio::time::Instant;
 
 use crate::completion::{Slots, Wakeups};
 use crate::error::Error;
-use crate::limits::SETTLE_ITEMS_MAX;
 
 pub type Answer = Result<(), Error>;
 

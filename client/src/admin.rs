@@ -231,7 +231,8 @@ impl Client {
         answer!(self, request, Response::Purged { count } => count)
     }
 
-    /// Messages as they are stored, without taking them.
+    /// Messages as they are stored, without taking them. A page may have fewer, or none, though there are more
+    /// behind it: where many are gone, each page passes over some.
     pub async fn peek(&self, topic: &str, from: Offset, limit: u32) -> Result<PeekPage, Error> {
         let topic = topic.to_owned();
         answer!(

@@ -343,6 +343,37 @@ async fn a_page_of_many_long_stories_fits_its_frame() {
     broker.shutdown().await.unwrap();
 }
 
+#[tokio::test]
+async fn a_peek_passes_over_what_is_gone_page_by_page() {
+    let (broker, client) = broker().await;
+    let mut consumer = subscribe(&client, "billing", quick_retries(1, 1)).await;
+    let total = 1_501;
+    let producer = producer(&client).await;
+    let receipts = (0..total).map(|nth| producer.enqueue(Message::new(nth.to_string())));
+    for receipt in join_all(receipts).await {
+        receipt.unwrap().await.unwrap();
+    }
+    for _ in 0..total {
+        drop(next(&mut consumer).await.nack_later(Nack::new("no")));
+    }
+    until(&client, |view| view.dead == total).await;
+    let most = DeadFilter {
+        limit: Some(total - 1),
+        ..DeadFilter::default()
+    };
+    let purged = client.purge_dead_letters("orders", "billing", most);
+    assert_eq!(purged.await.unwrap(), total - 1);
+
+    let dead = "orders.billing.dead";
+    let page = client.peek(dead, Offset(0), 10).await.unwrap();
+    assert_eq!((page.messages.len(), page.more), (0, true));
+    assert_eq!(page.next, Offset(1_000));
+    let page = client.peek(dead, page.next, 10).await.unwrap();
+    let found: Vec<_> = page.messages.iter().map(|message| message.offset).collect();
+    assert_eq!((found, page.more), (vec![Offset(total - 1)], false));
+    broker.shutdown().await.unwrap();
+}
+
 /// A job keeps them, and so does every snapshot.
 #[tokio::test]
 async fn dead_letters_are_chosen_by_a_bounded_number_of_offsets() {

@@ -278,6 +278,7 @@ impl<S: Storage> Session<'_, S> {
                 Answer::Peek {
                     topic,
                     first,
+                    end,
                     next,
                     elsewhere,
                     limit,
@@ -287,6 +288,7 @@ impl<S: Storage> Session<'_, S> {
                 let page = Page {
                     topic,
                     first,
+                    end,
                     next,
                     limit,
                 };
@@ -358,7 +360,8 @@ impl<S: Storage> Session<'_, S> {
         let mut elsewhere: std::collections::BTreeMap<Offset, Elsewhere> =
             elsewhere.into_iter().collect();
         let (mut messages, mut bytes, mut at) = (Vec::new(), 0, page.first);
-        while at < page.next && messages.len() < page.limit as usize {
+        let mut holes = 0;
+        while at < page.end && messages.len() < page.limit as usize && holes < HOLES_MAX {
             let message = match elsewhere.remove(&at) {
                 Some(elsewhere) => self.peek_elsewhere(at, &elsewhere).await,
                 None => match self.body(page.topic, at).await {
@@ -366,7 +369,10 @@ impl<S: Storage> Session<'_, S> {
                         .first()
                         .map(|run| peeked(at, run.stamp, Bytes::new(), run.messages.clone())),
                     // A hole: purged, redriven, or never a message of its own.
-                    Err(BodyError::Gone(_)) => None,
+                    Err(BodyError::Gone(_)) => {
+                        holes += 1;
+                        None
+                    }
                     Err(BodyError::Damaged { .. }) => Some(peeked(
                         at,
                         millpond_protocol::Stamp(0),
@@ -418,9 +424,13 @@ async fn drained(draining: &mut watch::Receiver<bool>) -> bool {
 struct Page {
     topic: millpond_protocol::TopicId,
     first: Offset,
+    end: Offset,
     next: Offset,
     limit: u32,
 }
+
+/// Offsets without a message that one page passes over; looking for each takes as long as finding one.
+const HOLES_MAX: u32 = 1_000;
 
 fn peeked(
     offset: Offset,

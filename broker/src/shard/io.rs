@@ -224,8 +224,11 @@ pub enum Answer {
     Peek {
         topic: TopicId,
         first: Offset,
+        /// Where the looking ended.
+        end: Offset,
+        /// The topic's next offset.
         next: Offset,
-        /// Those among the offsets whose bodies stand elsewhere.
+        /// Those among the offsets whose bodies stand elsewhere; as many as are asked for, if there are more.
         elsewhere: Vec<(Offset, Elsewhere)>,
         limit: u32,
     },

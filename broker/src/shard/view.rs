@@ -14,7 +14,7 @@ use crate::clock::Clock;
 /// Topics, and subscriptions, that a status shows; more are cut with a remark.
 const STATUS_ROWS_MAX: usize = 5_000;
 /// Offsets that one peek looks at where there may be holes.
-const PEEK_SCAN_MAX: usize = 100_000;
+const PEEK_SCAN_MAX: u64 = 100_000;
 
 impl<S: Storage, C: Clock> Shard<S, C> {
     pub(super) fn show_topic(&self, name: &str) -> Result<Response, WireError> {
@@ -60,9 +60,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         };
         let limit = limit.clamp(1, PAGE_ROWS_MAX);
         let first = from.max(view.first);
-        let mut elsewhere = Vec::new();
+        let (mut elsewhere, mut end) = (Vec::new(), view.next);
         if self.queue.has_references(view.id) {
-            let offsets = (first.0..view.next.0).map(Offset).take(PEEK_SCAN_MAX);
+            end = end.min(Offset(first.0.saturating_add(PEEK_SCAN_MAX)));
+            let offsets = (first.0..end.0).map(Offset);
             let found =
                 offsets.filter_map(|offset| Some((offset, self.elsewhere(view.id, offset)?)));
             elsewhere.extend(found.take(limit as usize));
@@ -70,6 +71,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let answer = Answer::Peek {
             topic: view.id,
             first,
+            end,
             next: view.next,
             elsewhere,
             limit,

@@ -319,7 +319,7 @@ fn shard_options(config: &Config) -> ShardOptions {
 const ENTRY_BYTES_MAX: usize = crate::shard::GROUP_BYTES_TARGET
     + millpond_protocol::limits::FRAME_BYTES_MAX
     + (4 << 20)
-    + 2 * millpond_queue::OVERDUE_BYTES_MAX;
+    + 2 * millpond_queue::PROPOSED_BYTES_MAX;
 
 fn as_usize(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)

@@ -70,7 +70,7 @@ pub struct ChoiceArgs {
     /// All of them.
     #[arg(long, conflicts_with_all = ["offset", "reason", "limit"])]
     all: bool,
-    /// Only the one at this offset among the dead letters; may be given several times.
+    /// Only the one at this offset among the dead letters; may be given up to 1,000 times.
     #[arg(long, value_name = "N")]
     offset: Vec<u64>,
     /// Only those that died of this: max_attempts, rejected, max_deliveries, max_age, expired,

@@ -86,7 +86,8 @@ impl Received {
 
     /// The payload; empty if the stored bytes are damaged.
     ///
-    /// Kept, it keeps the memory of what came with it: 64 KiB as a rule, 4 MiB at most. Copy what is kept long.
+    /// Kept, it keeps the memory of what came with it: 64 KiB as a rule, more where datagrams were lost or small. Copy
+    /// what is kept long.
     #[must_use]
     pub fn payload(&self) -> &Bytes {
         &self.payload

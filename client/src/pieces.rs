@@ -10,7 +10,8 @@ use crate::limits::{JOINED_BYTES, PIECE_BYTES_MIN, PIECES_KEPT, PIECES_MIN};
 ///
 /// What lies within one piece is handed out as it is, and keeps the memory of what came with it alive: as a rule
 /// the 64 KiB that the kernel hands over at once; where datagrams were lost or came faster than they were read, up
-/// to a stream's window, because the QUIC library puts them together then. What spans pieces is copied.
+/// to a stream's window, because the QUIC library puts them together then. What spans pieces is copied; if they are
+/// small on the average, all that is there is.
 #[derive(Default)]
 pub struct Pieces {
     /// None of them is empty.

@@ -49,7 +49,9 @@ pub const NAME_BYTES_MAX: usize = 200;
 pub const PRODUCER_ID_BYTES_MAX: usize = 200;
 /// Longest consumer name, in bytes.
 pub const CONSUMER_NAME_BYTES_MAX: usize = 200;
-/// Longest reason of a nack or reject, in bytes; longer ones are cut at a character boundary.
+/// Most messages of a subscription that may be leased at once.
+pub const MAX_IN_FLIGHT_MAX: u32 = 1_000_000;
+/// Longest reason of a nack or reject, in bytes; the client cuts longer ones at a character boundary.
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Longest delay of a publish or a nack, in milliseconds (30 days).
 pub const DELAY_MS_MAX: u64 = 30 * 24 * 3_600 * 1_000;
@@ -68,6 +70,6 @@ pub const TOKEN_BYTES: usize = 32;
 
 const _: () = assert!(CONTROL_BYTES_MAX <= FRAME_BYTES_MAX);
 const _: () = assert!(CONTROL_BYTES_MAX <= RESPONSE_BYTES_MAX);
-const _: () = assert!(BATCH_BYTES_TARGET <= FRAME_BYTES_MAX);
+const _: () = assert!(BATCH_BYTES_TARGET <= PUBLISH_BYTES_MAX);
 const _: () = assert!(FRAME_BYTES_MAX < u32::MAX as usize);
 const _: () = assert!(DELAY_MS_MAX <= u32::MAX as u64 && TTL_MS_MAX <= u32::MAX as u64);

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::ids::{Offset, Stamp};
-use crate::limits::{BACKOFF_LIST_MAX, DELAY_MS_MAX};
+use crate::limits::{BACKOFF_LIST_MAX, DELAY_MS_MAX, MAX_IN_FLIGHT_MAX};
 
 /// What happens to a publish, or to the oldest messages, when a topic has reached its limit.
 #[derive(Copy, Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -231,7 +231,8 @@ impl SubscriptionConfig {
             1,
             1_000_000,
         )?;
-        within("max in flight", u64::from(self.max_in_flight), 1, 1_000_000)?;
+        let most = u64::from(MAX_IN_FLIGHT_MAX);
+        within("max in flight", u64::from(self.max_in_flight), 1, most)?;
         match self.max_age_ms {
             Some(ms) => within("max age (ms)", ms, 1, u64::MAX / 2_000),
             None => Ok(()),

@@ -13,7 +13,7 @@ use millpond_protocol::{Stamp, SubscriptionId};
 use std::ops::Bound;
 
 use crate::effect::Proposal;
-use crate::limits::{OVERDUE_MAX, QUANTUM, RINGS_MAX};
+use crate::limits::{QUANTUM, RINGS_MAX, TIMED_BYTES_TARGET};
 use crate::queue::Queue;
 
 impl Queue {
@@ -21,15 +21,15 @@ impl Queue {
     /// True: there is more to do at once.
     pub fn dispatch(&mut self, now: Stamp, budget: usize, out: &mut Vec<Proposal>) -> bool {
         let now = now.max(self.last);
-        let mut overdue = 0;
+        let mut bytes = 0;
         for _ in 0..RINGS_MAX {
             let Some(timer) = self.work.timers.ring(now) else {
                 break;
             };
             let before = out.len();
             self.ring(timer, now, out);
-            overdue += out[before..].iter().map(Proposal::overdue).sum::<usize>();
-            if overdue >= OVERDUE_MAX {
+            bytes += out[before..].iter().map(Proposal::bytes).sum::<usize>();
+            if bytes >= TIMED_BYTES_TARGET {
                 break;
             }
         }

@@ -5,6 +5,7 @@ use millpond_protocol::control::{
     ConsumerNotice, LeaseName, LostReason, MessageState, RedriveView,
 };
 use millpond_protocol::hot::AckRow;
+use millpond_protocol::limits::{CONSUMER_NAME_BYTES_MAX, HISTORY_MAX, MAX_IN_FLIGHT_MAX};
 use millpond_protocol::policy::SubscriptionMode;
 use millpond_protocol::{
     Delivery, Epoch, ErrorCode, LogIndex, Offset, ProducerKey, Sequence, SessionId, SubscriptionId,
@@ -12,6 +13,7 @@ use millpond_protocol::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::limits::EXPIRE_MAX;
 use crate::record::{Expired, Record};
 
 /// Where a record stands in the log.
@@ -175,14 +177,41 @@ pub enum Proposal {
     },
 }
 
+/// Bytes of the largest record that time alone asks for: a session's end with as many runs as a subscription may
+/// have, or messages that took too long with all of their history.
+pub(crate) const TIMED_BYTES_MAX: usize = {
+    let begun = RUN_BYTES * MAX_IN_FLIGHT_MAX as usize / 2;
+    let item = ITEM_BYTES + HISTORY_MAX * (LINE_BYTES + CONSUMER_NAME_BYTES_MAX);
+    let overdue = EXPIRE_MAX as usize * item;
+    let story = FIXED_BYTES + item;
+    story + if begun > overdue { begun } else { overdue }
+};
+/// A record's other fields.
+const FIXED_BYTES: usize = 64;
+/// A lease, and when it was begun.
+const ITEM_BYTES: usize = 64;
+/// A line of history without its consumer's name.
+const LINE_BYTES: usize = 40;
+/// An offset and a count.
+const RUN_BYTES: usize = 20;
+
 impl Proposal {
-    /// How many messages it takes back because they took too long.
-    #[must_use]
-    pub(crate) fn overdue(&self) -> usize {
-        match self {
-            Self::Log(Record::Expire(Expired::Processing { items, .. })) => items.len(),
-            _ => 0,
-        }
+    /// Bytes of a record that time alone has asked for, at the most; hand-outs count for nothing here.
+    pub(crate) fn bytes(&self) -> usize {
+        let Self::Log(record) = self else { return 0 };
+        FIXED_BYTES
+            + match record {
+                Record::Expire(Expired::Processing { items, .. }) => {
+                    let lines = items.iter().flat_map(|item| &item.story.history);
+                    let names: usize = lines.map(|line| LINE_BYTES + line.consumer.len()).sum();
+                    ITEM_BYTES * items.len() + names
+                }
+                Record::Expire(Expired::Held { ranges, .. }) => ITEM_BYTES * ranges.len(),
+                Record::Expire(Expired::Ttl { offsets, .. }) => RUN_BYTES * offsets.len(),
+                Record::SessionEnd { begun, .. } => RUN_BYTES * begun.len(),
+                Record::RedriveStep { letters, .. } => RUN_BYTES * letters.len(),
+                _ => 0,
+            }
     }
 }
 

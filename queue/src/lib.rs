@@ -29,7 +29,7 @@ pub use effect::{
     AppendedRun, Attached, Effect, Handout, Outcome, Place, Proposal, Refusal, RestoreError,
     SnapshotDelta,
 };
-pub use limits::{OVERDUE_BYTES_MAX, Options, PRODUCER_IDLE_MS, SESSION_GRACE_MS};
+pub use limits::{Options, PRODUCER_IDLE_MS, PROPOSED_BYTES_MAX, SESSION_GRACE_MS};
 pub use queue::Queue;
 pub use record::{
     Expired, FailureKind, HistoryItem, LEASE_FIXED_BYTES, LeaseRange, Mark, OffsetRun, Overdue,

@@ -1,7 +1,5 @@
 //! Named bounds of the core, with what they cost.
 
-use millpond_protocol::limits::{CONSUMER_NAME_BYTES_MAX, HISTORY_MAX};
-
 /// What the core is configured with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -47,13 +45,11 @@ pub(crate) const SHELVES_OPENED_MAX: usize = 8;
 pub(crate) const SCAN_MAX: u64 = 65_536;
 /// Most messages that one record expires or files.
 pub(crate) const EXPIRE_MAX: u64 = 1_024;
-/// Messages that took too long after which one `dispatch` looks at no further timers: each is told of with its history.
-pub(crate) const OVERDUE_MAX: usize = 1_024;
-/// Bytes of what one `dispatch` proposes because handlers took too long, at the most: ten lines of history for each
-/// message, with the longest names.
-pub const OVERDUE_BYTES_MAX: usize =
-    (OVERDUE_MAX + EXPIRE_MAX as usize) * OVERDUE_MESSAGE_BYTES_MAX;
-const OVERDUE_MESSAGE_BYTES_MAX: usize = 64 + HISTORY_MAX * (CONSUMER_NAME_BYTES_MAX + 40);
+/// Bytes of what time has asked for after which one `dispatch` looks at no further timers.
+pub(crate) const TIMED_BYTES_TARGET: usize = 1 << 20;
+/// Bytes of the records that one `dispatch` proposes, at the most; its hand-outs are the last of these.
+pub const PROPOSED_BYTES_MAX: usize =
+    TIMED_BYTES_TARGET + crate::effect::TIMED_BYTES_MAX + (512 << 10);
 /// Most letters in one step of a redrive.
 pub(crate) const REDRIVE_STEP_MAX: usize = 256;
 /// Most letters that one step looks at.

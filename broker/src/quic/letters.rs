@@ -197,7 +197,7 @@ pub fn view(offset: Offset, letter: &Letter, story: Story, body: Option<&Run>) -
         dead_at: letter.dead_at,
         consumer: consumer(&story),
         history: history.collect(),
-        error: story.text,
+        error: cut_reason(story.text),
         message: body.map(|run| run.messages.clone()).unwrap_or_default(),
     }
 }

@@ -173,7 +173,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                         self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
                     Err(error @ SnapshotError::ChunkTooLarge { .. }) => {
-                        tracing::error!(%error, "a snapshot could not be written: a start takes longer");
+                        tracing::error!(%error, "a snapshot could not be written: starts take longer, and no space is freed");
                         self.queue.snapshot_lost(&self.maintenance.snapshot_chunks);
                     }
                     Err(error) => return Err(error.into()),

@@ -219,7 +219,7 @@ impl Queue {
         let (mut overdue, mut held) = (Vec::new(), Vec::new());
         while let Some(clock) = session.live.clocks.front().copied()
             && clock.at.plus_ms(processing) <= now
-            && let left @ 1.. = EXPIRE_MAX.saturating_sub(overdue.len() as u64)
+            && let left @ 1.. = EXPIRE_MAX.saturating_sub((overdue.len() + held.len()) as u64)
         {
             session.live.clocks.pop_front();
             let end = clock.end.min(clock.first + left);
@@ -244,6 +244,7 @@ impl Queue {
         }
         while let Some(sent) = session.live.sent.front().copied()
             && sent.at.plus_ms(hold) <= now
+            && held.len() < EXPIRE_MAX as usize
         {
             if sub.hand.proposed_until(sent.first).is_some() {
                 // Its lease has not been applied: it is looked at again.

@@ -1,6 +1,7 @@
 use millpond_protocol::control::{LostReason, MessageState};
 
 use super::*;
+use crate::record::Expired;
 
 fn retry(rig: &Rig, sub: SubscriptionId, offset: u64) -> crate::state::redelivery::Retry {
     rig.queue.subscriptions[&sub]
@@ -285,7 +286,7 @@ fn the_processing_clock_starts_when_the_message_is_begun() {
     assert_eq!(rig.view(sub).in_flight, 1);
 }
 
-/// Each is told of with its history, and a record has a largest size.
+/// Each is told of with its history, and records and groups have a largest size.
 #[test]
 fn what_was_begun_together_and_takes_too_long_is_told_of_in_several_records() {
     let mut rig = Rig::new();
@@ -294,36 +295,40 @@ fn what_was_begun_together_and_takes_too_long_is_told_of_in_several_records() {
         processing_timeout_ms: 5_000,
         ..plain()
     };
-    let mut sessions = Vec::new();
-    for nth in 1..=2 {
-        let name = format!("s{nth}");
-        sessions.push(rig.sub_with(topic, &name, config.clone()));
-    }
+    let subs: Vec<_> = (0..12)
+        .map(|nth| rig.sub_with(topic, &format!("s{nth}"), config.clone()))
+        .collect();
     rig.publish(topic, 3_000);
-    for (nth, sub) in (1..).zip(&sessions) {
+    for (nth, sub) in (1..).zip(&subs) {
         rig.consumer(*sub, nth, 3_000);
     }
     rig.run();
-    for (nth, sub) in (1..).zip(&sessions) {
+    for (nth, sub) in (1..).zip(&subs) {
         assert_eq!(rig.view(*sub).in_flight, 3_000);
         rig.say(nth, 3_000);
     }
     let late = rig.now.plus_ms(5_100);
     let mut proposals = Vec::new();
-    assert!(
-        rig.queue.dispatch(late, 8_192, &mut proposals),
-        "there is more to do"
-    );
-    let overdue: Vec<_> = proposals.iter().map(Proposal::overdue).collect();
-    assert!(overdue.iter().sum::<usize>() <= 2_047, "{overdue:?}");
-    assert!(overdue.iter().all(|&items| items <= 1_024), "{overdue:?}");
-    for proposal in proposals {
+    let is_more = rig.queue.dispatch(late, 8_192, &mut proposals);
+    let mut items = Vec::new();
+    for proposal in &proposals {
         if let Proposal::Log(record) = proposal {
-            rig.apply(&record);
+            if let Record::Expire(Expired::Processing { items: told, .. }) = record {
+                items.push(told.len());
+            }
+            let mut bytes = Vec::new();
+            record.encode(&mut bytes);
+            assert!(bytes.len() <= proposal.bytes());
+            rig.apply(record);
         }
     }
+    assert!(
+        is_more && items.iter().all(|&items| items == 1_024),
+        "{items:?}"
+    );
+    assert!((1..12).contains(&items.len()), "{items:?}");
     rig.run_for(5_200);
-    for sub in sessions {
+    for sub in subs {
         assert_eq!(rig.view(sub).in_flight, 0);
         assert_eq!(retry(&rig, sub, 2_999).failures, 1);
     }

@@ -7,9 +7,10 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use millpond_client::{Message, Producer, StartAt, SubscriptionConfig};
+use millpond_client::{Message, Producer, StartAt, Subscription, SubscriptionConfig};
 use tokio::task::spawn_blocking;
 
+use crate::args::Pace;
 use crate::publish;
 use crate::sample::{Meter, Sample};
 use crate::scenarios::Bench;
@@ -20,15 +21,34 @@ pub async fn end_to_end(bench: &Bench<'_>, message_bytes: usize) -> Result<Sampl
     let publisher = bench.connect("bench-publisher").await?;
     let producer = publish::open(&publisher, TOPIC).await?;
     let consumer = bench.connect("bench-consumer").await?;
-    let mut deliveries = consumer
+    let deliveries = consumer
         .subscribe(TOPIC, "load")
         .create(SubscriptionConfig::default(), StartAt::Earliest)
         .open()
         .await?;
 
     let origin = Instant::now();
-    let (warm, all) = (messages_in(pace.warm_up), messages_in(pace.total()));
+    let all = messages_in(pace.total());
     let pacer = spawn_blocking(move || publish_paced(&producer, origin, all, message_bytes));
+    // A task of the runtime, as a service's consumers are.
+    let server = bench.server();
+    let consuming = tokio::spawn(consume(deliveries, origin, pace, server, message_bytes));
+    let sample = consuming.await?;
+    pacer.await??;
+    consumer.close().await;
+    publisher.close().await;
+    sample
+}
+
+/// Takes and acks what comes, and records how long each was on its way.
+async fn consume(
+    mut deliveries: Subscription,
+    origin: Instant,
+    pace: Pace,
+    server: Option<u32>,
+    message_bytes: usize,
+) -> Result<Sample> {
+    let (warm, all) = (messages_in(pace.warm_up), messages_in(pace.total()));
     let mut acks = VecDeque::new();
     let mut meter = None;
     for nth in 0..all {
@@ -38,7 +58,7 @@ pub async fn end_to_end(bench: &Bench<'_>, message_bytes: usize) -> Result<Sampl
             .context("the subscription ended")??;
         let delivered = origin.elapsed();
         if nth == warm {
-            meter = Some(Meter::start(bench.server())?);
+            meter = Some(Meter::start(server)?);
         }
         if let Some(meter) = &mut meter {
             meter.record(delivered.saturating_sub(stamp(delivery.payload())?));
@@ -49,13 +69,10 @@ pub async fn end_to_end(bench: &Bench<'_>, message_bytes: usize) -> Result<Sampl
     let sample = meter
         .context("nothing was measured")?
         .stop(message_bytes as u64);
-    pacer.await??;
     for ack in acks {
         ack.await?;
     }
     deliveries.close().await;
-    consumer.close().await;
-    publisher.close().await;
     sample
 }
 

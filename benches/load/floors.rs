@@ -1,12 +1,15 @@
 //! The floors: what the machine gives to anybody, measured beside the broker.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
+use tokio::sync::mpsc;
+use tokio::task::spawn_blocking;
 
 use crate::args::{Plan, Role};
 use crate::child::Child;
 use crate::disk;
+use crate::open_loop;
 use crate::raw_quic::Answer::{self, WhenDurable, WhenRead};
 use crate::raw_quic::{ECHO_BYTES, Raw};
 use crate::sample::{Meter, Sample};
@@ -24,14 +27,17 @@ pub enum Floor {
     Synced1kDeep,
     Synced128,
     Synced128Deep,
+    SyncedPaced,
     ReadBulk,
+    QuinnBulk6400,
+    ReadBulk6400,
     Sync4k,
     Sync64k,
     Sync1m,
 }
 
 impl Floor {
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 18] = [
         Self::QuinnBulk,
         Self::QuinnRoundTrip,
         Self::Quinn1k,
@@ -43,7 +49,10 @@ impl Floor {
         Self::Synced1kDeep,
         Self::Synced128,
         Self::Synced128Deep,
+        Self::SyncedPaced,
         Self::ReadBulk,
+        Self::QuinnBulk6400,
+        Self::ReadBulk6400,
         Self::Sync4k,
         Self::Sync64k,
         Self::Sync1m,
@@ -62,7 +71,10 @@ impl Floor {
             Self::Synced1kDeep => "synced_1k_deep",
             Self::Synced128 => "synced_128",
             Self::Synced128Deep => "synced_128_deep",
+            Self::SyncedPaced => "synced_paced",
             Self::ReadBulk => "read_bulk",
+            Self::QuinnBulk6400 => "quinn_bulk_6400",
+            Self::ReadBulk6400 => "read_bulk_6400",
             Self::Sync4k => "sync_4k",
             Self::Sync64k => "sync_64k",
             Self::Sync1m => "sync_1m",
@@ -84,7 +96,10 @@ impl Floor {
             Self::Synced1kDeep => "as synced_alone, 4,096 unanswered",
             Self::Synced128 => "as synced_1k with 128 B",
             Self::Synced128Deep => "as synced_1k_deep with 128 B",
+            Self::SyncedPaced => "as synced_alone, 2,000 a second whatever the answers do",
             Self::ReadBulk => "one QUIC stream of what is read from the disk",
+            Self::QuinnBulk6400 => "as quinn_bulk at MTU 6400",
+            Self::ReadBulk6400 => "as read_bulk at MTU 6400",
             Self::Sync4k => "4 KiB write + fdatasync, file written before",
             Self::Sync64k => "64 KiB write + fdatasync, file written before",
             Self::Sync1m => "1 MiB write + fdatasync, file written before",
@@ -101,9 +116,13 @@ impl Floor {
     }
 
     async fn measure_quinn(self, plan: &Plan) -> Result<Sample> {
-        let child = Child::start(Role::QuinnSink, plan.dir(), plan.mtu).await?;
+        let mtu = match self {
+            Self::QuinnBulk6400 | Self::ReadBulk6400 => MTU_LARGE,
+            _ => plan.mtu,
+        };
+        let child = Child::start(Role::QuinnSink, plan.dir(), mtu).await?;
         let ca = std::fs::read(&child.greeting.ca)?;
-        let raw = Raw::connect(child.greeting.address, &ca, plan.mtu).await?;
+        let raw = Raw::connect(child.greeting.address, &ca, mtu).await?;
         let bench = Bench {
             raw: &raw,
             server: child.pid,
@@ -119,7 +138,8 @@ impl Floor {
             Self::Synced1kDeep => bench.windowed(WhenDurable, 1_024, WINDOW_DEEP).await,
             Self::Synced128 => bench.windowed(WhenDurable, 128, WINDOW).await,
             Self::Synced128Deep => bench.windowed(WhenDurable, 128, WINDOW_DEEP).await,
-            Self::ReadBulk => bench.read().await,
+            Self::SyncedPaced => bench.paced(1_024).await,
+            Self::ReadBulk | Self::ReadBulk6400 => bench.read().await,
             Self::QuinnRoundTrip => bench.round_trip().await,
             _ => bench.bulk().await,
         };
@@ -172,6 +192,27 @@ impl Bench<'_> {
         meter.stop(ECHO_BYTES as u64)
     }
 
+    /// As `end_to_end` does it, down to the threads: one keeps the pace, and a task takes what comes.
+    async fn paced(&self, message_bytes: usize) -> Result<Sample> {
+        let pace = self.plan.pace;
+        let stream = self.raw.open_window(WhenDurable, message_bytes).await?;
+        let warm = open_loop::messages_in(pace.warm_up);
+        let all = warm + open_loop::messages_in(time(self.plan));
+        let (tell, due) = mpsc::channel(DUE_MAX);
+        let pacer = spawn_blocking(move || {
+            let origin = Instant::now();
+            open_loop::at_each(origin, all, || Ok(tell.blocking_send(Instant::now())?))
+        });
+        let mut meter = Meter::start(Some(self.server))?;
+        let running = tokio::spawn(async move {
+            stream.run_paced(due, warm, &mut meter).await?;
+            meter.stop(message_bytes as u64)
+        });
+        let sample = running.await?;
+        pacer.await??;
+        sample
+    }
+
     async fn windowed(&self, answer: Answer, message_bytes: usize, window: u64) -> Result<Sample> {
         let mut stream = self.raw.open_window(answer, message_bytes).await?;
         let mut warm_up = Meter::start(None)?;
@@ -185,7 +226,7 @@ impl Bench<'_> {
 
 async fn sync(plan: &Plan, write_bytes: usize) -> Result<Sample> {
     let (dir, time) = (plan.dir().to_owned(), time(plan));
-    tokio::task::spawn_blocking(move || disk::write_and_sync(&dir, write_bytes, time)).await?
+    spawn_blocking(move || disk::write_and_sync(&dir, write_bytes, time)).await?
 }
 
 /// Floors are steadier than what stands on them.
@@ -193,6 +234,10 @@ fn time(plan: &Plan) -> Duration {
     plan.pace.measured / 2
 }
 
+/// The largest MTU that is measured here; loopback and many data centres have more.
+pub const MTU_LARGE: u16 = 6_400;
+/// Messages that are due and not taken.
+const DUE_MAX: usize = 1_024;
 const BULK_WARM_UP_BYTES: u64 = 64 << 20;
 /// Messages without an answer, as in the scenarios that stand on these floors.
 pub const WINDOW: u64 = 256;

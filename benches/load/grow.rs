@@ -72,7 +72,10 @@ pub async fn run(plan: &Plan, series: &[Series]) -> Vec<Measured> {
 }
 
 async fn measure(plan: &Plan, series: Series, value: u64) -> Result<Sample> {
-    scenarios::with_fresh_broker(plan, async |bench| series.measure(bench, value).await).await
+    scenarios::with_fresh_broker(plan, plan.mtu, async |bench| {
+        series.measure(bench, value).await
+    })
+    .await
 }
 
 impl Growth {

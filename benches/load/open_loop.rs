@@ -80,13 +80,21 @@ async fn consume(
 fn publish_paced(producer: &Producer, origin: Instant, count: u64, bytes: usize) -> Result<()> {
     ensure!(bytes >= STAMP_BYTES, "a message must hold its stamp");
     let mut receipts = VecDeque::new();
-    for nth in 0..count {
-        let due = INTERVAL * u32::try_from(nth)?;
-        std::thread::sleep(due.saturating_sub(origin.elapsed()));
+    at_each(origin, count, || {
         let mut payload = vec![0x5a; bytes];
         let now = u64::try_from(origin.elapsed().as_nanos())?;
         payload[..STAMP_BYTES].copy_from_slice(&now.to_le_bytes());
         receipts.push_back(producer.try_send(Message::new(payload))?);
+        Ok(())
+    })
+}
+
+/// Does something so many times, at the pace of this scenario. Blocks.
+pub fn at_each(origin: Instant, count: u64, mut act: impl FnMut() -> Result<()>) -> Result<()> {
+    for nth in 0..count {
+        let due = INTERVAL * u32::try_from(nth)?;
+        std::thread::sleep(due.saturating_sub(origin.elapsed()));
+        act()?;
     }
     Ok(())
 }
@@ -97,7 +105,8 @@ fn stamp(payload: &[u8]) -> Result<Duration> {
     Ok(Duration::from_nanos(u64::from_le_bytes(*bytes)))
 }
 
-fn messages_in(time: Duration) -> u64 {
+/// How many messages are due in this time.
+pub fn messages_in(time: Duration) -> u64 {
     time.as_micros() as u64 / INTERVAL.as_micros() as u64
 }
 

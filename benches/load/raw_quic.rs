@@ -27,6 +27,7 @@ use rustls::crypto::ring::{self, cipher_suite};
 use rustls::version::TLS13;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::mpsc;
 
 use crate::raw_disk;
 use crate::sample::Meter;
@@ -253,6 +254,46 @@ impl Window {
     }
 }
 
+impl Window {
+    /// Sends a message whenever `due` says so, whatever the answers do, and records how long each was on its way
+    /// to its answer; until there is no more to send. The first `warm` are not recorded.
+    pub async fn run_paced(
+        mut self,
+        mut due: mpsc::Receiver<Instant>,
+        warm: u64,
+        meter: &mut Meter,
+    ) -> Result<()> {
+        let message = Bytes::from(vec![0x5a; self.message_bytes]);
+        let (sent, mut waiting) = mpsc::channel(PACED_MAX);
+        let sending = async {
+            while let Some(since) = due.recv().await {
+                sent.send(since).await?;
+                self.send.write_chunk(message.clone()).await?;
+            }
+            drop(sent);
+            anyhow::Ok(())
+        };
+        let answering = async {
+            let (mut answered, mut told) = (0, 0);
+            while let Some(since) = waiting.recv().await {
+                while told == answered {
+                    let mut next = [0; size_of::<u64>()];
+                    self.receive.read_exact(&mut next).await?;
+                    told = u64::from_le_bytes(next);
+                }
+                answered += 1;
+                if answered > warm {
+                    meter.record(since.elapsed());
+                    meter.count(1);
+                }
+            }
+            anyhow::Ok(())
+        };
+        tokio::try_join!(sending, answering)?;
+        Ok(())
+    }
+}
+
 async fn serve(
     mut send: quinn::SendStream,
     mut receive: quinn::RecvStream,
@@ -357,6 +398,8 @@ const SYNCED: u8 = b's';
 const READ: u8 = b'r';
 /// What the serving side of a window, or of a read stream, says first.
 pub const READY: [u8; 1] = [b'y'];
+/// Messages of a paced stream without an answer: several seconds of them.
+const PACED_MAX: usize = 16 << 10;
 const BULK_CHUNK_BYTES: usize = 256 << 10;
 /// The size of a round trip's message.
 pub const ECHO_BYTES: usize = 128;

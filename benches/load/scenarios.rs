@@ -6,7 +6,7 @@ use tokio::time::timeout;
 
 use crate::args::{Plan, Role};
 use crate::child::Child;
-use crate::floors::{WINDOW, WINDOW_DEEP};
+use crate::floors::{MTU_LARGE, WINDOW, WINDOW_DEEP};
 use crate::sample::Sample;
 use crate::{
     backlog, crowd, idle, open_loop, publish, replay, restart, retries, scheduled, spread, waiting,
@@ -24,6 +24,7 @@ pub enum Scenario {
     ConsumeAck128,
     BulkIn,
     BulkOut,
+    BulkOut6400,
     AckAlone,
     EndToEnd,
     RetryStorm,
@@ -36,7 +37,7 @@ pub enum Scenario {
 
 impl Scenario {
     /// In the order of a round: what is compared stands side by side.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::Publish1k,
         Self::Publish1kDeep,
         Self::Publish1k8,
@@ -47,6 +48,7 @@ impl Scenario {
         Self::ConsumeAck128,
         Self::BulkIn,
         Self::BulkOut,
+        Self::BulkOut6400,
         Self::AckAlone,
         Self::EndToEnd,
         Self::RetryStorm,
@@ -69,6 +71,7 @@ impl Scenario {
             Self::ConsumeAck128 => "consume_ack_128",
             Self::BulkIn => "bulk_in",
             Self::BulkOut => "bulk_out",
+            Self::BulkOut6400 => "bulk_out_6400",
             Self::AckAlone => "ack_alone",
             Self::EndToEnd => "end_to_end",
             Self::RetryStorm => "retry_storm",
@@ -94,6 +97,7 @@ impl Scenario {
             Self::ConsumeAck128 => "as consume_ack_1k with 128 B",
             Self::BulkIn => "1,000 x 1 KiB at a time, 16 such batches unanswered",
             Self::BulkOut => "1 KiB replayed from the start in stream mode",
+            Self::BulkOut6400 => "as bulk_out at MTU 6400",
             Self::AckAlone => "1 KiB, one in flight; latency: send to durable",
             Self::EndToEnd => "1 KiB at 2,000 a second; latency: publish to delivered",
             Self::RetryStorm => "all nacked with 1 s delay; latency: later than that",
@@ -107,7 +111,11 @@ impl Scenario {
 
     /// Measures it against a broker with an empty folder, which goes afterwards.
     pub async fn measure(self, plan: &Plan) -> Result<Sample> {
-        with_fresh_broker(plan, async |bench| self.run(bench).await).await
+        let mtu = match self {
+            Self::BulkOut6400 => MTU_LARGE,
+            _ => plan.mtu,
+        };
+        with_fresh_broker(plan, mtu, async |bench| self.run(bench).await).await
     }
 
     async fn run(self, bench: &mut Bench<'_>) -> Result<Sample> {
@@ -122,7 +130,7 @@ impl Scenario {
             Self::Publish128Deep => publish::pipelined(bench, 1, 128, deep).await,
             Self::ConsumeAck128 => backlog::consume(bench, 128).await,
             Self::BulkIn => publish::pipelined(bench, 1, 1_024, BULK_WINDOW).await,
-            Self::BulkOut => replay::from_the_start(bench).await,
+            Self::BulkOut | Self::BulkOut6400 => replay::from_the_start(bench).await,
             Self::AckAlone => publish::alone(bench, 1_024).await,
             Self::EndToEnd => open_loop::end_to_end(bench, 1_024).await,
             Self::RetryStorm => retries::storm(bench).await,
@@ -138,15 +146,16 @@ impl Scenario {
 /// Measures something against a broker with an empty folder, which goes afterwards.
 pub async fn with_fresh_broker(
     plan: &Plan,
+    mtu: u16,
     run: impl AsyncFnOnce(&mut Bench<'_>) -> Result<Sample>,
 ) -> Result<Sample> {
     let folder = tempfile::Builder::new()
         .prefix("broker-")
         .tempdir_in(plan.dir())
         .context("no folder can be made for the broker")?;
-    let broker = Child::start(Role::Broker, folder.path(), plan.mtu).await?;
+    let broker = Child::start(Role::Broker, folder.path(), mtu).await?;
     broker.settle().await?;
-    let mut bench = Bench { plan, broker };
+    let mut bench = Bench { plan, mtu, broker };
     let limit = plan.pace.total() * 3 + plan.size.slack;
     let measured = timeout(limit, run(&mut bench)).await;
     let stopped = bench.broker.stop().await;
@@ -158,6 +167,7 @@ pub async fn with_fresh_broker(
 /// What a scenario works with.
 pub struct Bench<'a> {
     pub plan: &'a Plan,
+    mtu: u16,
     pub broker: Child,
 }
 
@@ -168,7 +178,7 @@ impl Bench<'_> {
         let client = Client::builder()
             .ca_file(&greeting.ca)
             .name(name)
-            .max_mtu(self.plan.mtu)
+            .max_mtu(self.mtu)
             .connect(&greeting.address.to_string())
             .await?;
         Ok(client)

@@ -5,7 +5,7 @@ use std::io::Write;
 use anyhow::Result;
 
 use crate::report::{Line, Report, Round, Spread, Summary};
-use crate::verdict::{Bound, Headline};
+use crate::verdict::{Bound, Headline, Outcome};
 
 pub fn print(report: &Report) -> Result<()> {
     let mut out = std::io::stdout().lock();
@@ -14,7 +14,8 @@ pub fn print(report: &Report) -> Result<()> {
     }
     writeln!(
         out,
-        "medians of the rounds, (lowest-highest); CPU s per million, server + client; MiB, server's anonymous peak\n"
+        "medians of the rounds, (lowest-highest); CPU s per million, server + client; MiB, server's anonymous peak;\n\
+         bare: without a broker, see benches/load/raw_disk.rs; beyond: not met, nor by what is bare\n"
     )?;
     for (title, lines) in [("floors", &report.floors), ("scenarios", &report.scenarios)] {
         if lines.is_empty() {
@@ -31,13 +32,21 @@ pub fn print(report: &Report) -> Result<()> {
         writeln!(out)?;
     }
     for verdict in &report.verdicts {
-        let met = if verdict.met { "met" } else { "NOT met" };
+        let outcome = match verdict.outcome {
+            Outcome::Met => "met",
+            Outcome::Beyond => "beyond",
+            Outcome::NotMet => "NOT met",
+        };
         let bound = match verdict.bound {
             Bound::AtLeast(least) => format!(">= {least}"),
             Bound::AtMost(most) => format!("<= {most}"),
         };
         let found = range(&verdict.found);
-        writeln!(out, "{met:>7}: {} {bound}: {found}", verdict.claim)?;
+        write!(out, "{outcome:>7}: {} {bound}: {found}", verdict.claim)?;
+        if let Some(bare) = &verdict.bare {
+            write!(out, ", bare {}", range(bare))?;
+        }
+        writeln!(out)?;
     }
     out.flush()?;
     Ok(())

@@ -137,6 +137,32 @@ async fn a_seek_takes_no_credit_with_it() {
     broker.shutdown().await.unwrap();
 }
 
+/// Messages that were handed out and wait for room when the seek comes are never sent.
+#[tokio::test]
+async fn a_seek_takes_no_credit_with_what_had_not_been_sent() {
+    let (broker, client) = broker().await;
+    let few = client.subscribe("orders", "ledger").prefetch(8);
+    let few = few.prefetch_bytes(100_000);
+    let few = few.create(SubscriptionConfig::default(), StartAt::Earliest);
+    let mut ledger = few.open_stream().await.unwrap();
+    publish_numbers(&client, 0..100).await;
+    let large = vec![b'l'; 60_000];
+    let large = std::str::from_utf8(&large).unwrap();
+    publish(&client, &[large; 8]).await;
+    for _ in 0..4 {
+        for want in 0..100 {
+            assert_eq!(message(&mut ledger).await.offset(), Offset(want));
+        }
+        // Until the broker has handed out as many large ones as there is credit for.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        ledger.seek(StartAt::Earliest).await.unwrap();
+    }
+    for want in 0..108 {
+        assert_eq!(message(&mut ledger).await.offset(), Offset(want));
+    }
+    broker.shutdown().await.unwrap();
+}
+
 #[tokio::test]
 async fn a_subscription_is_opened_in_the_mode_that_it_has() {
     let (broker, client) = broker().await;

@@ -13,7 +13,7 @@ use millpond_protocol::frame::{Frame, FrameType};
 use millpond_protocol::hot::{ConsumerCredit, Credit};
 use millpond_protocol::limits::CONSUMER_NAME_BYTES_MAX;
 use millpond_protocol::{ErrorCode, SessionId, SubscriptionMode, WireError};
-use millpond_queue::StartPosition;
+use millpond_queue::{LeaseRange, StartPosition};
 use millpond_wal::storage::Storage;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
@@ -21,7 +21,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::ahead::Ahead;
 use super::both::both;
 use super::connection::Peer;
-use super::deliver::{Gathered, gather};
+use super::deliver::{Gathered, gather, range};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::{Context, Registered, control, random_u64};
 use crate::mailbox::Mailbox;
@@ -235,8 +235,10 @@ impl<S: Storage> Sender<'_, S> {
 
     async fn notice(&mut self, notice: ConsumerNotice) -> Result<(), StreamError> {
         if let ConsumerNotice::Active { .. } = notice {
-            // What was read ahead for an earlier activity is void.
-            self.pending.clear();
+            // What was handed out for an earlier activity is void.
+            let void = self.pending.drain(..).map(|run| range(&run, run.count));
+            let void = void.collect();
+            self.drop_unsent(void).await?;
         }
         let writing = self
             .writer
@@ -245,6 +247,21 @@ impl<S: Storage> Sender<'_, S> {
             Ok(written) => written,
             Err(_) => self.break_off(),
         }
+    }
+
+    /// Tells the shard what it has handed out in vain, so that it costs the consumer no credit. To be told before what
+    /// was handed out later is sent.
+    async fn drop_unsent(&self, ranges: Vec<LeaseRange>) -> Result<(), StreamError> {
+        if ranges.is_empty() {
+            return Ok(());
+        }
+        let input = Input::Dropped {
+            stream: self.stream,
+            session: self.session,
+            ranges,
+        };
+        self.context.shard.input(input).await?;
+        Ok(())
     }
 
     /// Writes a frame. While others wait for memory, a peer that gave credit may not keep it by not
@@ -288,9 +305,11 @@ impl<S: Storage> Sender<'_, S> {
         let gathered = gather(self.context, &mut self.ahead, &mut self.pending, bytes).await?;
         let Gathered {
             frame,
+            dropped,
             damaged,
             wanted,
         } = gathered;
+        self.drop_unsent(dropped).await?;
         // A large one costs a second look; the next is probably as large.
         self.next_bytes = wanted.unwrap_or(match &frame {
             Some(frame) if frame.messages == 1 => frame.bytes,

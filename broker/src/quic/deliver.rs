@@ -8,6 +8,7 @@ use millpond_protocol::hot::{DeliverHead, DeliverMeta};
 use millpond_protocol::limits::DELIVER_MESSAGES_MAX;
 use millpond_protocol::message::MessageView;
 use millpond_protocol::{Offset, TopicId};
+use millpond_queue::LeaseRange;
 use millpond_wal::storage::Storage;
 
 use super::ahead::Ahead;
@@ -27,10 +28,11 @@ pub struct DeliverFrame {
     pub bytes: u64,
 }
 
-/// What could be gathered, the damaged range that ended it, and the bytes that the first message wants if
-/// they are more than it may have.
+/// What could be gathered, what of the runs will never be sent, the damaged range that ended it, and the bytes that
+/// the first message wants if they are more than it may have.
 pub struct Gathered {
     pub frame: Option<DeliverFrame>,
+    pub dropped: Vec<LeaseRange>,
     pub damaged: Option<(TopicId, Offset, Offset)>,
     pub wanted: Option<u64>,
 }
@@ -45,7 +47,7 @@ pub async fn gather<S: Storage>(
 ) -> Result<Gathered, StreamError> {
     let mut builder = Builder::default();
     let limit = usize::try_from(room).unwrap_or(usize::MAX).max(1);
-    let (mut damaged, mut wanted) = (None, None);
+    let (mut damaged, mut wanted, mut dropped) = (None, None, Vec::new());
     let mut is_full = false;
     while !is_full && builder.has_room(limit) {
         let Some(mut run) = pending.pop_front() else {
@@ -66,7 +68,7 @@ pub async fn gather<S: Storage>(
             Err(BodyError::Damaged { .. }) if run.elsewhere.is_some() => {
                 let next = Offset(run.offset.0 + 1);
                 damaged = Some((run.topic, run.offset, next));
-                skip(&mut run, 1);
+                dropped.push(drop_front(&mut run, 1));
             }
             Err(BodyError::Damaged { first, next }) => {
                 let first = first.max(run.offset);
@@ -75,10 +77,10 @@ pub async fn gather<S: Storage>(
                     .0
                     .saturating_sub(run.offset.0)
                     .min(u64::from(run.count)) as u32;
-                skip(&mut run, beyond.max(1));
+                dropped.push(drop_front(&mut run, beyond.max(1)));
             }
             Err(BodyError::TooLarge { bytes }) => wanted = Some(bytes),
-            Err(BodyError::Gone(_)) => skip(&mut run, 1),
+            Err(BodyError::Gone(_)) => dropped.push(drop_front(&mut run, 1)),
             Err(BodyError::Io(text)) => return Err(StreamError::Gone(text)),
         }
         if run.count > 0 {
@@ -98,12 +100,28 @@ pub async fn gather<S: Storage>(
         // What is gathered goes first; then the large one is the first.
         wanted: wanted.filter(|_| frame.is_none()),
         frame,
+        dropped,
         damaged,
     })
 }
 
 fn bytes_of(bodies: &[Run]) -> usize {
     bodies.iter().map(|run| run.messages.len()).sum()
+}
+
+/// The first `count` messages of a run, by the names of their leases.
+pub fn range(run: &Handout, count: u32) -> LeaseRange {
+    LeaseRange {
+        offset: run.offset,
+        count,
+        delivery: run.delivery,
+    }
+}
+
+fn drop_front(run: &mut Handout, count: u32) -> LeaseRange {
+    let dropped = range(run, count.min(run.count));
+    skip(run, count);
+    dropped
 }
 
 fn skip(run: &mut Handout, taken: u32) {

@@ -107,6 +107,16 @@ impl<S: Storage, C: Clock> Shard<S, C> {
                     self.queue.sent(session, messages, bytes);
                 }
             }
+            Input::Dropped {
+                stream,
+                session,
+                ranges,
+            } => {
+                if self.is_attached(session, stream) {
+                    self.queue.dropped(session, &ranges);
+                    self.more_to_dispatch = true;
+                }
+            }
             Input::Commit {
                 stream,
                 session,

@@ -10,7 +10,7 @@ use millpond_protocol::{
     Delivery, Epoch, ErrorCode, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, Stamp,
     SubscriptionMode, TopicId, WireError,
 };
-use millpond_queue::{Letter, Place, StartPosition};
+use millpond_queue::{LeaseRange, Letter, Place, StartPosition};
 
 /// Names whoever asked, so that the answer finds its way back. Never reused within a run.
 #[derive(Copy, Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -70,6 +70,12 @@ pub enum Input<K> {
         session: SessionId,
         messages: u64,
         bytes: u64,
+    },
+    /// What has been handed out and will never be sent: a seek made it void, it is damaged, or it is gone.
+    Dropped {
+        stream: StreamId,
+        session: SessionId,
+        ranges: Vec<LeaseRange>,
     },
     Settle {
         stream: StreamId,

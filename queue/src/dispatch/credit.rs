@@ -11,7 +11,7 @@ use super::timers::Timer;
 use crate::effect::Attached;
 use crate::limits::SESSION_GRACE_MS;
 use crate::queue::Queue;
-use crate::record::{FailureKind, SettleEntry};
+use crate::record::{FailureKind, LeaseRange, SettleEntry};
 use crate::state::lease::{LeaseRun, Leases};
 use crate::state::redelivery::{Failure, history_with};
 use crate::state::session::{Clock, Session};
@@ -48,6 +48,21 @@ impl Queue {
         };
         session.live.sent_messages += messages;
         session.live.sent_bytes += bytes;
+        if let Some(sub) = self.subscriptions.get_mut(&session.subscription) {
+            sub.hand.creditors.insert(id);
+            self.work.hot.insert(session.subscription);
+        }
+    }
+
+    /// Of the hand-outs, what will never be sent, in the order in which it was handed out: the consumer will neither
+    /// count it as begun nor give new credit for it.
+    pub fn dropped(&mut self, id: SessionId, ranges: &[LeaseRange]) {
+        let Some(session) = self.sessions.get_mut(&id) else {
+            return;
+        };
+        for range in ranges {
+            session.live.drop_unsent(range);
+        }
         if let Some(sub) = self.subscriptions.get_mut(&session.subscription) {
             sub.hand.creditors.insert(id);
             self.work.hot.insert(session.subscription);

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use millpond_protocol::hot::Credit;
 use millpond_protocol::{SessionId, Stamp, SubscriptionId};
 
+use crate::record::LeaseRange;
+
 #[derive(Debug)]
 pub struct Session {
     pub id: SessionId,
@@ -67,6 +69,44 @@ pub struct Clock {
     pub first: u64,
     pub end: u64,
     pub delivery: u32,
+}
+
+impl Live {
+    /// Takes a hand-out back that the consumer never sees: those behind it are counted as if it had not been.
+    pub fn drop_unsent(&mut self, range: &LeaseRange) {
+        let (first, count) = (range.offset.0, u64::from(range.count));
+        self.handed = self.handed.saturating_sub(count);
+        let holds = |sent: &Sent| {
+            sent.delivery == range.delivery.0
+                && sent.first <= first
+                && first + count <= sent.first + sent.count
+        };
+        // What is not there was called back, and was older than all that is.
+        let at = self.sent.iter().position(holds);
+        for sent in self.sent.iter_mut().skip(at.map_or(0, |at| at + 1)) {
+            sent.ordinal = sent.ordinal.saturating_sub(count);
+        }
+        let Some(at) = at else { return };
+        let sent = self.sent[at];
+        let before = first - sent.first;
+        let behind = sent.count - before - count;
+        let parts = [
+            Sent {
+                count: before,
+                ..sent
+            },
+            Sent {
+                ordinal: sent.ordinal + before,
+                first: first + count,
+                count: behind,
+                ..sent
+            },
+        ];
+        self.sent.remove(at);
+        for part in parts.into_iter().rev().filter(|part| part.count > 0) {
+            self.sent.insert(at, part);
+        }
+    }
 }
 
 impl Session {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::record::LeaseRange;
 
 // DESIGN 2
 #[test]
@@ -88,6 +89,29 @@ fn byte_credit_is_reckoned_at_the_average_size_until_the_broker_knows() {
     assert_eq!(rig.offsets(), [0, 1, 2, 3]);
     rig.queue.sent(SessionId(1), 4, 50);
     assert_eq!(rig.offsets(), [4, 5, 6]);
+}
+
+// SEMANTICS 5
+#[test]
+fn what_is_never_sent_costs_no_credit_and_is_not_counted_as_begun() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 12);
+    rig.consumer(sub, 1, 6);
+    assert_eq!(rig.offsets(), [0, 1, 2, 3, 4, 5]);
+    let damaged = LeaseRange {
+        offset: Offset(2),
+        count: 2,
+        delivery: Delivery(1),
+    };
+    rig.queue.dropped(SessionId(1), &[damaged]);
+    assert_eq!(rig.offsets(), [6, 7], "as many more as were not sent");
+    // The consumer has 0, 1, 4, 5, 6, 7 and has begun four of them.
+    rig.say(1, 4);
+    let leases = &rig.queue.subscriptions[&sub].leases;
+    let begun = (0..8).filter(|&offset| leases.get(offset).unwrap().begun.is_some());
+    assert_eq!(begun.collect::<Vec<_>>(), [0, 1, 4, 5]);
 }
 
 // SEMANTICS 5

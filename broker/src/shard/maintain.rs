@@ -18,7 +18,7 @@ use super::{Fatal, Outbox, Shard};
 use crate::clock::Clock;
 
 /// How often upkeep looks for something to do, in microseconds.
-const UPKEEP_EVERY_US: u64 = 1_000_000;
+pub(super) const UPKEEP_EVERY_US: u64 = 1_000_000;
 /// A segment is cleaned when at most this share of its messages is still needed, in percent.
 const CLEAN_LIVE_PERCENT: u64 = 25;
 /// A nack or another end of a lease takes as long to replay as so many bytes of messages, at least.

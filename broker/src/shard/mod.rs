@@ -294,6 +294,10 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     }
 
     fn rest_us(&mut self, clock_us: u64) -> u64 {
+        if self.gates.read_only {
+            // Nothing is written, so there is nothing to propose, to commit or to keep up.
+            return maintain::UPKEEP_EVERY_US;
+        }
         if let Some(until) = self.held_until_us {
             return until.saturating_sub(clock_us);
         }

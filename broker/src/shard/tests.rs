@@ -404,6 +404,25 @@ fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
 }
 
 #[test]
+fn a_shard_that_may_only_read_rests() {
+    let mut rig = Rig::new();
+    (2..8).for_each(|number| assert!(creates(&mut rig, number)));
+    let names = rig.storage.list().unwrap();
+    let segment = names.iter().find(|name| name.ends_with(".log"));
+    let third = 2 * millpond_wal::storage::BLOCK_BYTES as u64;
+    rig.storage.corrupt(segment.unwrap(), third, 8).unwrap();
+    rig.storage.restart_process();
+    rig.shard = open(&rig.storage, &rig.clock);
+    assert!(rig.shard.gates().read_only);
+    for _ in 0..5 {
+        assert!(rig.shard.wait_us() >= SECOND_US / 10, "it does not spin");
+        rig.clock.advance_us(SECOND_US);
+        rig.round();
+        rig.shard.upkeep(&mut Outbox::default()).unwrap();
+    }
+}
+
+#[test]
 fn a_full_disk_holds_a_commit_back_until_there_is_space() {
     let mut rig = Rig::new();
     let space = rig.storage.space().unwrap();

@@ -10,7 +10,7 @@ mod subscriptions;
 mod tokens;
 mod topics;
 
-pub(crate) use dead::matches;
+pub(crate) use dead::Meant;
 
 use millpond_protocol::ErrorCode;
 

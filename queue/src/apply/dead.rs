@@ -3,6 +3,7 @@
 //! Exactly once and atomically: a message is in its subscription or in the dead-letter topic. Redriven
 //! and purged letters leave holes; offsets stay, and the subscription's floor does not move back.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use millpond_protocol::control::{DeadFilter, DeadReason, LostReason, RedriveTarget};
@@ -204,10 +205,8 @@ impl Queue {
             let sentence = format!("{RUNNING_JOBS_MAX} redrives are running; wait or cancel some");
             return Outcome::error(ErrorCode::LimitReached, sentence);
         }
-        let all = dead.letters.iter();
-        let total = all
-            .filter(|(at, letter)| matches(**at, letter, source_topic, subscription, filter))
-            .count() as u64;
+        let meant = Meant::of(source_topic, subscription, filter);
+        let total = meant.among(&dead.letters).count() as u64;
         let mut job = Job {
             topic,
             source_topic: Arc::from(source_topic),
@@ -251,21 +250,14 @@ impl Queue {
             return Outcome::Redrive(job.view(key));
         }
         let job = job.clone();
+        let meant = Meant::of(&job.source_topic, &job.subscription, &job.filter);
         let mut done = 0;
         for letter in letters {
             let belongs = self
                 .topics
                 .get(&job.topic)
                 .and_then(|t| t.letters.get(&letter.0));
-            let belongs = belongs.is_some_and(|found| {
-                matches(
-                    letter.0,
-                    found,
-                    &job.source_topic,
-                    &job.subscription,
-                    &job.filter,
-                )
-            });
+            let belongs = belongs.is_some_and(|found| meant.has(letter.0, found));
             if belongs && self.send_back(at, job.topic, letter.0, job.target, out) {
                 done += 1;
             }
@@ -397,9 +389,8 @@ impl Queue {
             return unknown_topic();
         };
         let most = usize::try_from(filter.limit.unwrap_or(u64::MAX)).unwrap_or(usize::MAX);
-        let chosen = topic.letters.iter();
-        let chosen = chosen.filter(|(at, l)| matches(**at, l, source_topic, subscription, filter));
-        let chosen: Vec<_> = chosen.map(|(at, _)| *at).take(most).collect();
+        let meant = Meant::of(source_topic, subscription, filter);
+        let chosen: Vec<_> = meant.among(&topic.letters).take(most).collect();
         for letter in &chosen {
             self.remove_letter(dead, *letter);
             self.withdraw(dead, *letter, out);
@@ -410,17 +401,49 @@ impl Queue {
     }
 }
 
-/// Whether a letter is among those that are meant, whatever their number.
-pub(crate) fn matches(
-    offset: u64,
-    letter: &Letter,
-    source_topic: &str,
-    subscription: &str,
-    filter: &DeadFilter,
-) -> bool {
-    letter.is_of(source_topic, subscription)
-        && filter.reason.is_none_or(|reason| reason == letter.reason)
-        && (filter.offsets.is_empty() || filter.offsets.contains(&Offset(offset)))
+/// Which letters are meant, whatever their number. There may be a million, and a thousand offsets: one is looked up
+/// in the other.
+pub(crate) struct Meant<'a> {
+    source_topic: &'a str,
+    subscription: &'a str,
+    reason: Option<DeadReason>,
+    /// Rising, each once; none: any.
+    offsets: Vec<u64>,
+}
+
+impl<'a> Meant<'a> {
+    pub fn of(source_topic: &'a str, subscription: &'a str, filter: &DeadFilter) -> Self {
+        let mut offsets: Vec<_> = filter.offsets.iter().map(|offset| offset.0).collect();
+        offsets.sort_unstable();
+        offsets.dedup();
+        Self {
+            source_topic,
+            subscription,
+            reason: filter.reason,
+            offsets,
+        }
+    }
+
+    /// Whether the letter at this offset is one of them.
+    pub fn has(&self, offset: u64, letter: &Letter) -> bool {
+        self.suits(letter)
+            && (self.offsets.is_empty() || self.offsets.binary_search(&offset).is_ok())
+    }
+
+    /// Their offsets, rising.
+    fn among(&self, letters: &BTreeMap<u64, Letter>) -> impl Iterator<Item = u64> {
+        let named = self.offsets.iter();
+        let named = named.filter_map(|offset| letters.get_key_value(offset));
+        let any = self.offsets.is_empty().then_some(letters);
+        let all = named.chain(any.into_iter().flatten());
+        all.filter(|(_, letter)| self.suits(letter))
+            .map(|(offset, _)| *offset)
+    }
+
+    fn suits(&self, letter: &Letter) -> bool {
+        letter.is_of(self.source_topic, self.subscription)
+            && self.reason.is_none_or(|reason| reason == letter.reason)
+    }
 }
 
 fn unknown_job() -> Outcome {

@@ -8,7 +8,7 @@ use millpond_protocol::policy::OnLimit;
 use millpond_protocol::{Delivery, Offset, SessionId, Stamp, SubscriptionId, TopicId};
 
 use super::timers::Timer;
-use crate::apply::matches;
+use crate::apply::Meant;
 use crate::effect::Proposal;
 use crate::limits::{EXPIRE_MAX, PRODUCER_IDLE_MS, REDRIVE_SCAN_MAX, REDRIVE_STEP_MAX};
 use crate::queue::Queue;
@@ -306,19 +306,14 @@ impl Queue {
         let mut next = job.end;
         let mut letters = Vec::new();
         if let Some(topic) = self.topics.get(&job.topic) {
+            let meant = Meant::of(&job.source_topic, &job.subscription, &job.filter);
             let open = topic.letters.range(job.next..job.end);
             for (looked, (offset, letter)) in open.enumerate() {
                 if letters.len() == most || looked == REDRIVE_SCAN_MAX {
                     next = *offset;
                     break;
                 }
-                if matches(
-                    *offset,
-                    letter,
-                    &job.source_topic,
-                    &job.subscription,
-                    &job.filter,
-                ) {
+                if meant.has(*offset, letter) {
                     letters.push(Offset(*offset));
                 }
             }

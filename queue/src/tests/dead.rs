@@ -296,6 +296,42 @@ fn a_filter_chooses_letters_by_offset_reason_and_number() {
 
 // SEMANTICS 3
 #[test]
+fn offsets_choose_letters_in_any_order_once_each() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 6);
+    rig.consumer(sub, 1, 100);
+    rig.run();
+    for offset in 0..6 {
+        rig.settle(sub, 1, offset, 1, reject());
+    }
+    let filter = DeadFilter {
+        offsets: [4, 1, 4, 9, 2].map(Offset).to_vec(),
+        ..Default::default()
+    };
+    let job = redrive(&mut rig, filter, None, RedriveTarget::Subscription);
+    assert_eq!(rig.queue.redrive_view(job).unwrap().total, 3);
+    assert_eq!(rig.offsets(), [1, 2, 4]);
+    let view = rig.queue.redrive_view(job).unwrap();
+    assert!((view.finished, view.done) == (true, 3), "{view:?}");
+    let purged = rig.apply(&Record::DeadPurge {
+        topic: rig.queue.dead_topic("t", "s").unwrap(),
+        source_topic: "t",
+        subscription: "s",
+        filter: DeadFilter {
+            offsets: [5, 0, 5, 3].map(Offset).to_vec(),
+            limit: Some(2),
+            ..Default::default()
+        },
+    });
+    assert_eq!(purged, Outcome::Purged { count: 2 });
+    let left = rig.letters("t", "s");
+    assert!(left.iter().map(|(offset, _)| *offset).eq([5]), "{left:?}");
+}
+
+// SEMANTICS 3
+#[test]
 fn purging_a_topic_spares_the_bodies_of_dead_letters() {
     let mut rig = Rig::new();
     let (topic, sub) = two_dead(&mut rig);

@@ -25,9 +25,8 @@ use crate::http;
 use crate::memory::{Class, MemoryBudget, Pressure as MemoryPressure};
 use crate::metrics::{self, BrokerMetrics};
 use crate::quic::{Context, Pressure, connection};
-use crate::shard::io::Input;
 use crate::shard::{Fatal, Shard, ShardOptions};
-use crate::shard_thread::{Message, ShardHandle, ShardThread};
+use crate::shard_thread::{Aside, ShardHandle, ShardThread, StopError};
 use crate::start_error::{Door, StartError};
 use crate::{identity, tls, token, transport};
 
@@ -57,6 +56,8 @@ pub enum BrokerError {
     Close(Fatal),
     #[error("the broker's shard ended unexpectedly; its log tells why")]
     Gone,
+    #[error("the broker could not finish its last commit in time: its disk does not answer")]
+    Late,
 }
 
 /// A broker that runs in this process.
@@ -234,11 +235,11 @@ impl Broker {
     /// gone, then the last commit is made and the log sealed. The address is free when this returns.
     ///
     /// # Errors
-    /// If the last commit could not be made; what it held was not acknowledged.
+    /// If the last commit could not be made, or not in time; what it held was not acknowledged.
     pub async fn shutdown(self) -> Result<(), BrokerError> {
         self.drain.send_replace(true);
-        // A stopped shard has nothing to drain.
-        let _ = self.context.shard.input(Input::Drain).await;
+        // A stopped shard has nothing to drain, and one that hangs must not keep this from ending.
+        let _ = tokio::time::timeout(CLOSE_WAIT, self.context.shard.tell(Aside::Drain)).await;
         // Whoever has not settled by then is disconnected; what it holds is released.
         let grace = self.config.shutdown_grace();
         let _ = tokio::time::timeout(grace, settled(&self.endpoint, &self.context.shard)).await;
@@ -259,8 +260,9 @@ impl Broker {
                 );
                 Ok(())
             }
-            Err(Some(fatal)) => Err(BrokerError::Close(fatal)),
-            Err(None) => Err(BrokerError::Gone),
+            Err(StopError::Fatal(fatal)) => Err(BrokerError::Close(fatal)),
+            Err(StopError::Gone) => Err(BrokerError::Gone),
+            Err(StopError::Late) => Err(BrokerError::Late),
         }
     }
 }
@@ -526,11 +528,11 @@ async fn watch_surroundings(
         if found != level {
             tracing::warn!(from = ?level, to = ?found, "disk space");
             level = found;
-            let gates = Message::Gates {
+            let gates = Aside::Gates {
                 disk_low: level >= DiskLevel::Hard,
                 no_leases: level >= DiskLevel::ReserveGone,
             };
-            if shard.send(gates).await.is_err() {
+            if shard.tell(gates).await.is_err() {
                 return;
             }
         }

@@ -24,6 +24,7 @@ use super::{Context, inbound};
 use crate::bodies::{BodyError, Run};
 use crate::mailbox::Mailbox;
 use crate::memory::{Class, Permit};
+use crate::shard::PEEK_HOLES_MAX;
 use crate::shard::io::{Answer, Elsewhere, Input, Output, ResolvedRequest, StreamId};
 use crate::token;
 
@@ -361,7 +362,7 @@ impl<S: Storage> Session<'_, S> {
             elsewhere.into_iter().collect();
         let (mut messages, mut bytes, mut at) = (Vec::new(), 0, page.first);
         let mut holes = 0;
-        while at < page.end && messages.len() < page.limit as usize && holes < HOLES_MAX {
+        while at < page.end && messages.len() < page.limit as usize && holes < PEEK_HOLES_MAX {
             let message = match elsewhere.remove(&at) {
                 Some(elsewhere) => self.peek_elsewhere(at, &elsewhere).await,
                 None => match self.body(page.topic, at).await {
@@ -428,9 +429,6 @@ struct Page {
     next: Offset,
     limit: u32,
 }
-
-/// Offsets without a message that one page passes over; looking for each takes as long as finding one.
-const HOLES_MAX: u32 = 1_000;
 
 fn peeked(
     offset: Offset,

@@ -34,6 +34,7 @@ pub(crate) use crate::shard::answer::skip_messages;
 use crate::shard::io::{Fresh, Input, Output, StreamId};
 pub use crate::shard::maintain::{Done, Job};
 pub use crate::shard::open::{OpenShardError, Recovered, ShardOptions};
+pub(crate) use crate::shard::view::PEEK_HOLES_MAX;
 
 /// Bytes of records after which the open group is committed although more is waiting.
 pub const GROUP_BYTES_TARGET: usize = 1 << 20;

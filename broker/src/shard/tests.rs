@@ -4,8 +4,8 @@
 
 use bytes::BytesMut;
 use millpond_protocol::control::{
-    CreateSubscription, LeaseName, OpenConsumer, OpenProducer, Outcome as Verdict, Request,
-    SessionResume, SettleItem,
+    CreateSubscription, LeaseName, OpenConsumer, OpenProducer, Outcome as Verdict, RejectKind,
+    Request, SessionResume, SettleItem,
 };
 use millpond_protocol::hot::{AckRun, ConsumerCredit, Credit};
 use millpond_protocol::{Delivery, Message, Offset, ProducerHandle, Sequence, TopicConfig};
@@ -89,10 +89,14 @@ impl Rig {
     }
 
     fn publish(&mut self) {
+        self.publish_to("orders", 1);
+    }
+
+    fn publish_to(&mut self, topic: &str, count: u32) {
         let stream = StreamId(100);
         let open = OpenProducer {
             handle: ProducerHandle(1),
-            topic: "orders".to_owned(),
+            topic: topic.to_owned(),
             producer_id: None,
             resume: None,
         };
@@ -114,7 +118,9 @@ impl Rig {
             panic!("the producer is opened");
         };
         let mut messages = BytesMut::new();
-        Message::new("m").encode(Sequence(1), &mut messages);
+        for number in 1..=count {
+            Message::new("m").encode(Sequence(u64::from(number)), &mut messages);
+        }
         self.ask(Input::Publish {
             stream,
             handle: ProducerHandle(1),
@@ -122,7 +128,7 @@ impl Rig {
             producer,
             epoch,
             previous: Sequence(0),
-            count: 1,
+            count,
             messages: messages.freeze(),
             keep: (),
         });
@@ -401,6 +407,55 @@ fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
     rig.round();
     rig.rest(9 * SECOND_US);
     assert!(rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn a_peek_among_letters_looks_no_further_than_its_page() {
+    let mut rig = Rig::new();
+    rig.publish();
+    let (stream, Opened { session, .. }) = rig.consume(None);
+    assert_eq!(rig.grant(session, stream), 1);
+    let lease = LeaseName {
+        offset: Offset(0),
+        delivery: Delivery(1),
+    };
+    let outcome = Verdict::Reject {
+        kind: RejectKind::Rejected,
+        code: 0,
+        reason: String::new(),
+    };
+    rig.ask(Input::Settle {
+        stream,
+        session,
+        acks: Vec::new(),
+        items: vec![SettleItem { lease, outcome }],
+    });
+    let topic = "orders.billing.dead".to_owned();
+    rig.publish_to(&topic, 2_000);
+    let request = ResolvedRequest::Plain(Request::Peek {
+        topic,
+        from: Offset(0),
+        limit: 10,
+    });
+    let replies = rig.ask(Input::Request {
+        stream,
+        id: 1,
+        request,
+    });
+    let Some((_, Output::Response { answer, .. })) = replies.into_iter().next() else {
+        panic!("the peek is answered");
+    };
+    let Answer::Peek {
+        end,
+        next,
+        elsewhere,
+        ..
+    } = *answer
+    else {
+        panic!("by a page");
+    };
+    assert_eq!(elsewhere.len(), 1, "the letter");
+    assert_eq!((end, next), (Offset(1_010), Offset(2_001)));
 }
 
 #[test]

@@ -13,8 +13,8 @@ use crate::clock::Clock;
 
 /// Topics, and subscriptions, that a status shows; more are cut with a remark.
 const STATUS_ROWS_MAX: usize = 5_000;
-/// Offsets that one peek looks at where there may be holes.
-const PEEK_SCAN_MAX: u64 = 100_000;
+/// Offsets without a message that one page of a peek passes over; looking for each takes as long as finding one.
+pub const PEEK_HOLES_MAX: u32 = 1_000;
 
 impl<S: Storage, C: Clock> Shard<S, C> {
     pub(super) fn show_topic(&self, name: &str) -> Result<Response, WireError> {
@@ -62,7 +62,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let first = from.max(view.first);
         let (mut elsewhere, mut end) = (Vec::new(), view.next);
         if self.queue.has_references(view.id) {
-            end = end.min(Offset(first.0.saturating_add(PEEK_SCAN_MAX)));
+            // No page has more than that.
+            let most = u64::from(limit + PEEK_HOLES_MAX);
+            end = end.min(Offset(first.0.saturating_add(most)));
             let offsets = (first.0..end.0).map(Offset);
             let found =
                 offsets.filter_map(|offset| Some((offset, self.elsewhere(view.id, offset)?)));

@@ -193,18 +193,22 @@ fn deliveries(out: &Outbox<SimStorage>) -> usize {
         .count()
 }
 
-/// Asks for a topic as the shard's thread does; whether it was made.
-fn creates(rig: &mut Rig, number: u64) -> bool {
-    let mut out = Outbox::default();
+/// Asks for a topic.
+fn create(number: u64) -> Input<()> {
     let name = format!("topic-{number}");
     let config = TopicConfig::default();
     let request = ResolvedRequest::Plain(Request::TopicCreate { name, config });
-    let input: Input<()> = Input::Request {
+    Input::Request {
         stream: StreamId(0),
         id: number,
         request,
-    };
-    rig.shard.input(input, &mut out);
+    }
+}
+
+/// Asks for it as the shard's thread does; whether it was made.
+fn creates(rig: &mut Rig, number: u64) -> bool {
+    let mut out = Outbox::default();
+    rig.shard.input(create(number), &mut out);
     rig.shard.commit_if_due(&mut out).unwrap();
     made(&out).any(|id| id == number)
 }
@@ -407,6 +411,18 @@ fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
     rig.round();
     rig.rest(9 * SECOND_US);
     assert!(rig.consume(Some(resume)).1.resumed);
+}
+
+#[test]
+fn a_status_that_leaves_topics_out_is_ready_all_the_same() {
+    let mut rig = Rig::new();
+    let mut out = Outbox::default();
+    (1..=5_000).for_each(|number| rig.shard.input(create(number), &mut out));
+    rig.shard.commit(&mut out).unwrap();
+    let status = rig.shard.status();
+    assert_eq!(status.topics.len(), 5_000, "without one of them");
+    assert_eq!(status.remarks.len(), 1, "{:?}", status.remarks);
+    assert!(status.ready);
 }
 
 #[test]

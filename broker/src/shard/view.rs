@@ -143,6 +143,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             }
         }
         let mut remarks = self.remarks();
+        let ready = remarks.is_empty();
         if cut || subscriptions.len() >= STATUS_ROWS_MAX {
             remarks.push(format!(
                 "only the first {STATUS_ROWS_MAX} topics and subscriptions are shown"
@@ -153,7 +154,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             broker_version: env!("CARGO_PKG_VERSION").to_owned(),
             store_id: self.log.store_id(),
             recovery_epoch: self.log.recovery_epoch(),
-            ready: remarks.is_empty(),
+            ready,
             remarks,
             now,
             uptime_ms: 0,

@@ -58,5 +58,5 @@ pub(crate) const REDRIVE_SCAN_MAX: usize = 4_096;
 const _: () = assert!(HANDOUT_MAX <= millpond_protocol::limits::DELIVER_MESSAGES_MAX as u64);
 /// Letters that one page of a listing looks at.
 pub(crate) const DEAD_SCAN_MAX: usize = 10_000;
-/// Delayed messages of a topic that a view counts one by one.
+/// Delayed messages that one look counts one by one, over all subscriptions that it shows; some 5 ms.
 pub(crate) const DELAYS_COUNTED_MAX: u64 = 100_000;

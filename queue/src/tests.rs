@@ -11,6 +11,7 @@ mod sessions;
 mod settle;
 mod snapshot;
 mod streams;
+mod view;
 
 use bytes::{Bytes, BytesMut};
 use millpond_protocol::control::{LeaseName, Outcome as Verdict, RejectKind};

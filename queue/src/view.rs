@@ -65,17 +65,29 @@ impl Queue {
     pub fn subscription_view(&self, id: SubscriptionId, now: Stamp) -> Option<SubscriptionView> {
         let sub = self.subscriptions.get(&id)?;
         let topic = self.topics.get(&sub.topic)?;
+        let (keepers, mut delays_left) = (self.keepers(topic), DELAYS_COUNTED_MAX);
+        Some(self.view(sub, topic, keepers, now, &mut delays_left))
+    }
+
+    fn view(
+        &self,
+        sub: &Subscription,
+        topic: &Topic,
+        keepers: Keepers,
+        now: Stamp,
+        delays_left: &mut u64,
+    ) -> SubscriptionView {
         let dead_letter = sub.dead_topic.and_then(|dead| self.topics.get(&dead));
         let backlog = sub.backlog(topic.next);
         let in_flight = sub.leases.count();
         let due = sub.retries.ready(now);
-        let delayed = delayed(sub, topic, now);
+        let delayed = delayed(sub, topic, now, delays_left);
         let scheduled = (sub.retries.waiting() - due + delayed).min(backlog - in_flight);
         let ready = backlog - in_flight - scheduled;
-        Some(SubscriptionView {
+        SubscriptionView {
             topic: topic.name.to_string(),
             name: sub.name.to_string(),
-            id,
+            id: sub.id,
             config: sub.config.clone(),
             dead_letter: dead_letter
                 .map(|dead| dead.name.to_string())
@@ -86,16 +98,16 @@ impl Queue {
             ready,
             in_flight,
             scheduled,
-            dead: sub.dead.len() as u64 + sub.parked.len(),
+            dead: dead(sub),
             consumers: sub.sessions.len() as u32,
             oldest_ready_ms: (ready > 0).then(|| oldest_ready_ms(sub, topic, now)),
             next_due: [sub.retries.next_due(now), topic.delays.next_due(now)]
                 .into_iter()
                 .flatten()
                 .min(),
-            pinned_bytes: self.pinned_bytes(sub, topic),
+            pinned_bytes: pinned_bytes(sub, topic, keepers),
             stalled: self.stalled(sub, ready),
-        })
+        }
     }
 
     /// Whether anybody is to get what is published there.
@@ -105,15 +117,33 @@ impl Queue {
         topic.is_some_and(|topic| !topic.subscriptions.is_empty())
     }
 
-    /// A topic's subscriptions by name.
+    /// The subscriptions of these topics, of each by name; at most `limit` in all.
     #[must_use]
-    pub fn subscriptions(&self, topic: TopicId, now: Stamp) -> Vec<SubscriptionView> {
-        let Some(topic) = self.topics.get(&topic) else {
-            return Vec::new();
-        };
-        let ids = topic.subscriptions.values();
-        ids.filter_map(|id| self.subscription_view(*id, now))
-            .collect()
+    pub fn subscriptions(
+        &self,
+        topics: impl IntoIterator<Item = TopicId>,
+        now: Stamp,
+        limit: usize,
+    ) -> Vec<SubscriptionView> {
+        let (mut views, mut delays_left) = (Vec::new(), DELAYS_COUNTED_MAX);
+        for topic in topics {
+            let room = limit - views.len();
+            let Some(topic) = self.topics.get(&topic).filter(|_| room > 0) else {
+                continue;
+            };
+            let keepers = self.keepers(topic);
+            let subs = self.subscriptions_of(topic).take(room);
+            views.extend(subs.map(|sub| self.view(sub, topic, keepers, now, &mut delays_left)));
+        }
+        views
+    }
+
+    /// Dead letters of all subscriptions of a topic.
+    #[must_use]
+    pub fn dead_of(&self, topic: TopicId) -> u64 {
+        let topic = self.topics.get(&topic).into_iter();
+        let subs = topic.flat_map(|topic| self.subscriptions_of(topic));
+        subs.map(dead).sum()
     }
 
     /// The dead-letter topic that has the letters of this subscription, which may be deleted.
@@ -222,17 +252,24 @@ impl Queue {
         self.pins.has_record(place)
     }
 
-    /// Bytes that would go if this subscription had finished everything.
-    fn pinned_bytes(&self, sub: &Subscription, topic: &Topic) -> u64 {
-        let others = topic.subscriptions.values().filter(|id| **id != sub.id);
-        let others = others.filter_map(|id| self.subscriptions.get(id));
-        let kept = others.map(Subscription::keeps).min().unwrap_or(topic.next);
-        let first = sub.keeps().max(topic.first);
-        if first < kept {
-            topic.bytes_between(first, kept)
-        } else {
-            0
+    fn subscriptions_of(&self, topic: &Topic) -> impl Iterator<Item = &Subscription> {
+        let ids = topic.subscriptions.values();
+        ids.filter_map(|id| self.subscriptions.get(id))
+    }
+
+    /// Looks at every subscription of a topic, so that no view of one has to.
+    fn keepers(&self, topic: &Topic) -> Keepers {
+        let mut keepers = Keepers::default();
+        for sub in self.subscriptions_of(topic) {
+            let keeper = Some((sub.keeps(), sub.id));
+            let [first, second] = keepers;
+            if first.is_none() || keeper < first {
+                keepers = [keeper, first];
+            } else if second.is_none() || keeper < second {
+                keepers = [first, keeper];
+            }
         }
+        keepers
     }
 
     fn stalled(&self, sub: &Subscription, ready: u64) -> Option<String> {
@@ -257,15 +294,35 @@ impl Queue {
     }
 }
 
-/// Messages that were never due yet: counted one by one up to a bound, beyond it all of the topic's.
-fn delayed(sub: &Subscription, topic: &Topic, now: Stamp) -> u64 {
-    if !sub.is_queue() || topic.delays.len() > DELAYS_COUNTED_MAX {
-        return if sub.is_queue() {
-            topic.delays.len()
-        } else {
-            0
-        };
+/// The two subscriptions of a topic that keep the earliest of its messages, and from where on: whichever is left
+/// out, the others keep what the first of the rest does.
+type Keepers = [Option<(u64, SubscriptionId)>; 2];
+
+/// Bytes that would go if this subscription had finished everything.
+fn pinned_bytes(sub: &Subscription, topic: &Topic, keepers: Keepers) -> u64 {
+    let mut others = keepers.iter().flatten().filter(|(_, id)| *id != sub.id);
+    let kept = others.next().map_or(topic.next, |(first, _)| *first);
+    let first = sub.keeps().max(topic.first);
+    if first < kept {
+        topic.bytes_between(first, kept)
+    } else {
+        0
     }
+}
+
+fn dead(sub: &Subscription) -> u64 {
+    sub.dead.len() as u64 + sub.parked.len()
+}
+
+/// Messages that were never due yet: counted one by one as long as `left` lasts, beyond it all of the topic's.
+fn delayed(sub: &Subscription, topic: &Topic, now: Stamp, left: &mut u64) -> u64 {
+    if !sub.is_queue() {
+        return 0;
+    }
+    let Some(rest) = left.checked_sub(topic.delays.len()) else {
+        return topic.delays.len();
+    };
+    *left = rest;
     let waits = |offset: u64| !sub.is_finished(offset) && !sub.retries.contains(offset);
     let later = topic.delays.range(sub.start, u64::MAX);
     let later = later.filter(|(offset, due)| *due > now && waits(*offset));

@@ -249,8 +249,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
 
     /// A topic whose messages failed into dead-letter topics takes their bodies with it.
     fn check_deletable(&self, topic: TopicId, name: &str) -> Result<(), WireError> {
-        let views = self.queue.subscriptions(topic, self.stamper.peek());
-        let dead: u64 = views.iter().map(|view| view.dead).sum();
+        let dead = self.queue.dead_of(topic);
         if dead == 0 {
             return Ok(());
         }

@@ -34,9 +34,11 @@ impl<S: Storage, C: Clock> Shard<S, C> {
 
     pub(super) fn list_subscriptions(&self, topic: &str) -> Result<Response, WireError> {
         let topic = self.topic(topic)?;
-        Ok(Response::Subscriptions(
-            self.queue.subscriptions(topic, self.stamper.peek()),
-        ))
+        Ok(Response::Subscriptions(self.queue.subscriptions(
+            [topic],
+            self.stamper.peek(),
+            usize::MAX,
+        )))
     }
 
     pub(super) fn show_redrive(&self, job: u64) -> Result<Response, WireError> {
@@ -135,16 +137,13 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         let mut topics = self.queue.topics(None, STATUS_ROWS_MAX + 1);
         let cut = topics.len() > STATUS_ROWS_MAX;
         topics.truncate(STATUS_ROWS_MAX);
-        let mut subscriptions = Vec::new();
-        for topic in &topics {
-            subscriptions.extend(self.queue.subscriptions(topic.id, now));
-            if subscriptions.len() >= STATUS_ROWS_MAX {
-                break;
-            }
-        }
+        let ids = topics.iter().map(|topic| topic.id);
+        let mut subscriptions = self.queue.subscriptions(ids, now, STATUS_ROWS_MAX + 1);
+        let cut = cut || subscriptions.len() > STATUS_ROWS_MAX;
+        subscriptions.truncate(STATUS_ROWS_MAX);
         let mut remarks = self.remarks();
         let ready = remarks.is_empty();
-        if cut || subscriptions.len() >= STATUS_ROWS_MAX {
+        if cut {
             remarks.push(format!(
                 "only the first {STATUS_ROWS_MAX} topics and subscriptions are shown"
             ));

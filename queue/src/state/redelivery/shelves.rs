@@ -430,8 +430,7 @@ impl Retries {
 
     /// Entries that are due.
     pub fn ready(&self, now: Stamp) -> u64 {
-        let until = ..=(now, u64::MAX);
-        let open = self.due.range(until).count() + self.alone.range(until).count();
+        let open = due_in(&self.due, now) + due_in(&self.alone, now);
         let closed = self.closed_by(now).map(|closed| closed.ready(now));
         (open + closed.sum::<usize>()) as u64
     }
@@ -530,6 +529,34 @@ impl Retries {
     }
 }
 
+/// How many are due. Counted as far as there are others that are not: mostly nearly all are due, or nearly none.
+fn due_in(order: &BTreeSet<(Stamp, u64)>, now: Stamp) -> usize {
+    let mut later = order.range((now.next(), 0)..);
+    let due = order.range(..=(now, u64::MAX));
+    let counted = due.take_while(|_| later.next().is_some()).count();
+    if later.next().is_some() {
+        counted
+    } else {
+        order.len() - counted
+    }
+}
+
 fn shelf_of(offset: u64) -> u64 {
     offset >> ENTRIES_SHIFT
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_that_are_due_are_counted_whether_they_are_few_or_many() {
+        for (due, later) in [(0, 0), (0, 5), (5, 0), (3, 3), (2, 7), (7, 2)] {
+            let due_at = |offset| (Stamp(10 - offset % 2), offset);
+            let later_at = |offset| (Stamp(11 + offset % 2), offset);
+            let order = (0..due).map(due_at).chain((0..later).map(later_at));
+            let order: BTreeSet<_> = order.collect();
+            assert_eq!(due_in(&order, Stamp(10)), due as usize, "{due} and {later}");
+        }
+    }
 }

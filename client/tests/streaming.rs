@@ -7,7 +7,7 @@ mod fake;
 use fake::{Duplex, FakeBroker, FakeConnection, opened, patient};
 use millpond_client::{
     Client, Error, Offset, Request, Response, StartAt, StreamMessage, StreamSubscription,
-    SubscriptionConfig, SubscriptionMode,
+    SubscribeBuilder, SubscriptionConfig, SubscriptionMode,
 };
 use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, Settled};
 use millpond_protocol::frame::FrameType;
@@ -18,8 +18,14 @@ async fn open(
     client: &Client,
     connection: &FakeConnection,
 ) -> (StreamSubscription, Duplex, Duplex) {
-    let opening = client
-        .subscribe("orders", "audit")
+    open_with(client.subscribe("orders", "audit"), connection).await
+}
+
+async fn open_with(
+    subscribe: SubscribeBuilder,
+    connection: &FakeConnection,
+) -> (StreamSubscription, Duplex, Duplex) {
+    let opening = subscribe
         .create(SubscriptionConfig::default(), StartAt::Earliest)
         .open_stream();
     let opened = opened(1, SubscriptionMode::Stream);
@@ -42,6 +48,12 @@ async fn offsets(subscription: &mut StreamSubscription, count: usize) -> Vec<u64
         found.push(next(subscription).await.unwrap().offset().0);
     }
     found
+}
+
+async fn gives_credit(deliveries: &mut Duplex, messages: u64) -> bool {
+    let frame = deliveries.read(FrameType::ConsumerCredit).await;
+    let credit = ConsumerCredit::decode(&frame.body).unwrap();
+    credit.credit.max_messages >= messages
 }
 
 #[tokio::test]
@@ -81,6 +93,34 @@ async fn a_resumed_stream_repeats_nothing_and_leaves_nothing_out() {
     deliveries.write(FrameType::ConsumerNotice, &active).await;
     deliveries.deliver(0, 0..6).await;
     assert_eq!(offsets(&mut subscription, 4).await, [2, 3, 4, 5]);
+}
+
+#[tokio::test]
+async fn what_a_resumed_stream_repeats_takes_no_credit() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let subscribe = client.subscribe("orders", "audit").prefetch(4);
+    let (mut subscription, mut deliveries, _settlements) = open_with(subscribe, &connection).await;
+    for first in [0, 4] {
+        deliveries.deliver(0, first..first + 4).await;
+        offsets(&mut subscription, 4).await;
+    }
+    connection.break_off();
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        resumed: true,
+        ..opened(1, SubscriptionMode::Stream)
+    };
+    let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+    let active = ConsumerNotice::Active { from: Offset(0) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    for first in [0, 4] {
+        while !gives_credit(&mut deliveries, first + 4).await {}
+        deliveries.deliver(0, first..first + 4).await;
+    }
+    while !gives_credit(&mut deliveries, 12).await {}
+    deliveries.deliver(0, [8]).await;
+    assert_eq!(offsets(&mut subscription, 1).await, [8]);
 }
 
 #[tokio::test]
@@ -166,12 +206,6 @@ async fn a_seek_back_is_followed() {
     deliveries.write(FrameType::ConsumerNotice, &active).await;
     deliveries.deliver(0, 1..3).await;
     assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
-}
-
-async fn gives_credit(deliveries: &mut Duplex, messages: u64) -> bool {
-    let frame = deliveries.read(FrameType::ConsumerCredit).await;
-    let credit = ConsumerCredit::decode(&frame.body).unwrap();
-    credit.credit.max_messages >= messages
 }
 
 #[tokio::test]

@@ -14,15 +14,19 @@ impl Session {
     /// Takes a deliver frame's messages.
     pub fn delivered(&self, delivered: Vec<Delivered>) {
         let mut state = self.state.lock();
-        let strays = state.strays.len();
+        let (strays, buffered) = (state.strays.len(), state.buffer.len() + delivered.len());
         for delivered in delivered {
             state.receive(delivered);
         }
         let is_stray = state.strays.len() < strays;
+        let is_all_buffered = state.buffer.len() == buffered;
         let user = state.user.take();
         drop(state);
-        if is_stray {
+        if !is_all_buffered {
+            // The user never takes it, and so never makes the room that it leaves known.
             self.credit_work.notify_one();
+        }
+        if is_stray {
             self.settle_work.notify_one();
         }
         if let Some(user) = user {

@@ -9,7 +9,9 @@ use millpond_client::{
     Client, Error, Offset, Request, Response, StartAt, StreamMessage, StreamSubscription,
     SubscribeBuilder, SubscriptionConfig, SubscriptionMode,
 };
-use millpond_protocol::control::{ConsumerNotice, ConsumerOpened, Settled};
+use millpond_protocol::control::{
+    ConsumerNotice, ConsumerOpened, MessageState, SettleRefused, Settled,
+};
 use millpond_protocol::frame::FrameType;
 use millpond_protocol::hot::{ConsumerCredit, decode_commit};
 use millpond_protocol::{ErrorCode, WireError};
@@ -56,6 +58,17 @@ async fn gives_credit(deliveries: &mut Duplex, messages: u64) -> bool {
     credit.credit.max_messages >= messages
 }
 
+async fn settled(settlements: &mut Duplex, upto: u64, refused: Option<u64>) {
+    let refused = refused.map(|ordinal| SettleRefused {
+        ordinal,
+        code: ErrorCode::NotActive,
+        state: MessageState::Gone,
+    });
+    let refused = refused.into_iter().collect();
+    let settled = Settled { upto, refused };
+    settlements.write(FrameType::Settled, &settled).await;
+}
+
 #[tokio::test]
 async fn a_commit_resolves_when_it_is_durable() {
     let broker = FakeBroker::start();
@@ -67,11 +80,7 @@ async fn a_commit_resolves_when_it_is_durable() {
     let committing = subscription.commit_later(Offset(3));
     let frame = settlements.read(FrameType::Commit).await;
     assert_eq!(decode_commit(&frame.body), Ok(Offset(3)));
-    let settled = Settled {
-        upto: 1,
-        refused: vec![],
-    };
-    settlements.write(FrameType::Settled, &settled).await;
+    settled(&mut settlements, 1, None).await;
     assert_eq!(patient(committing).await, Ok(()));
 }
 
@@ -121,6 +130,66 @@ async fn what_a_resumed_stream_repeats_takes_no_credit() {
     while !gives_credit(&mut deliveries, 12).await {}
     deliveries.deliver(0, [8]).await;
     assert_eq!(offsets(&mut subscription, 1).await, [8]);
+}
+
+#[tokio::test]
+async fn a_commit_that_was_not_confirmed_makes_a_resumed_stream_repeat_nothing() {
+    for refused in [false, true] {
+        let broker = FakeBroker::start();
+        let (client, connection) = broker.connected().await;
+        let (mut subscription, mut deliveries, mut settlements) = open(&client, &connection).await;
+        deliveries.deliver(0, 0..6).await;
+        assert_eq!(offsets(&mut subscription, 5).await, [0, 1, 2, 3, 4]);
+        let first = subscription.commit_later(Offset(3));
+        settlements.read(FrameType::Commit).await;
+        settled(&mut settlements, 1, None).await;
+        assert_eq!(patient(first).await, Ok(()));
+        let second = subscription.commit_later(Offset(4));
+        settlements.read(FrameType::Commit).await;
+        if refused {
+            settled(&mut settlements, 2, Some(1)).await;
+            assert!(patient(second).await.is_err());
+        }
+        connection.break_off();
+
+        let connection = broker.accept().await;
+        let again = ConsumerOpened {
+            resumed: true,
+            position: Offset(3),
+            ..opened(1, SubscriptionMode::Stream)
+        };
+        let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+        let active = ConsumerNotice::Active { from: Offset(3) };
+        deliveries.write(FrameType::ConsumerNotice, &active).await;
+        deliveries.deliver(0, 3..7).await;
+        assert_eq!(offsets(&mut subscription, 2).await, [5, 6]);
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_comes_back_before_what_was_committed_is_followed() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, mut settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..3).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    let committing = subscription.commit_later(Offset(3));
+    settlements.read(FrameType::Commit).await;
+    settled(&mut settlements, 1, None).await;
+    assert_eq!(patient(committing).await, Ok(()));
+    connection.break_off();
+
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        resumed: true,
+        position: Offset(1),
+        ..opened(1, SubscriptionMode::Stream)
+    };
+    let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+    let active = ConsumerNotice::Active { from: Offset(1) };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    deliveries.deliver(0, 1..3).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
 }
 
 #[tokio::test]

@@ -149,6 +149,7 @@ struct StreamPosition {
     resumed: bool,
     skip_below: Offset,
     next: Offset,
+    /// What the broker has confirmed. One that comes back with less has been sent elsewhere.
     committed: Offset,
 }
 
@@ -309,7 +310,6 @@ impl Session {
         let session = state.resume.session;
         state.settleable(session)?;
         let slot = state.settle.commit(next);
-        state.stream.committed = state.stream.committed.max(next);
         drop(state);
         self.settle_work.notify_one();
         Ok(slot)

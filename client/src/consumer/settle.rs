@@ -132,9 +132,14 @@ impl SettleQueue {
         Some(bytes)
     }
 
-    /// Takes the broker's answers.
-    pub fn settled(&mut self, settled: &Settled, wakeups: &mut Wakeups) -> Result<(), String> {
+    /// Takes the broker's answers; the highest offset among them that is committed now.
+    pub fn settled(
+        &mut self,
+        settled: &Settled,
+        wakeups: &mut Wakeups,
+    ) -> Result<Option<Offset>, String> {
         let mut refused = settled.refused.iter().peekable();
+        let mut committed = None;
         while self.answered < settled.upto {
             let Some(batch) = self.sent.front_mut() else {
                 return Err("it answered settlements that were not sent".to_owned());
@@ -145,6 +150,9 @@ impl SettleQueue {
                 .min(settled.upto - self.answered)
                 .min(next.saturating_sub(self.answered));
             let done = if good > 0 {
+                if let Rows::Commit(next) = batch.rows {
+                    committed = committed.max(Some(next));
+                }
                 batch.answer(good as u32, &Ok(()), wakeups)
             } else {
                 let Some(refused) = refused.next().filter(|r| r.ordinal == self.answered) else {
@@ -158,7 +166,7 @@ impl SettleQueue {
                 self.sent.pop_front();
             }
         }
-        Ok(())
+        Ok(committed)
     }
 
     /// The stream is gone: what has no answer is sent again on the next one.

@@ -62,6 +62,9 @@ impl Session {
         let mut wakeups = Wakeups::default();
         let mut state = self.state.lock();
         let result = state.settle.settled(settled, &mut wakeups);
+        if let Ok(Some(next)) = result {
+            state.stream.committed = state.stream.committed.max(next);
+        }
         let may_close = state.phase == Phase::Detached && state.settle.pending() == 0;
         drop(state);
         wakeups.wake();
@@ -70,7 +73,7 @@ impl Session {
         }
         self.credit_work.notify_one();
         self.progress.notify_waiters();
-        result
+        result.map(|_| ())
     }
 }
 

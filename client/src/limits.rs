@@ -105,7 +105,7 @@ pub const PREFETCH_MESSAGES: u32 = 1_000;
 pub const PREFETCH_BYTES: u64 = 32 << 20;
 /// Settlements waiting for their answer beyond which no further delivery is asked for.
 pub const SETTLEMENTS_PENDING_MAX: usize = 131_072;
-/// Names of lost leases remembered until their deliveries are settled.
+/// Names of lost leases remembered until their deliveries are settled, or come too late; about 3 MiB.
 pub const LOST_LEASES_MAX: usize = 65_536;
 /// After this a dropped delivery comes again: the default policy's first backoff.
 pub const DROPPED_DELAY_MS: u64 = 1_000;

@@ -272,6 +272,57 @@ async fn what_was_lost_before_it_was_taken_is_not_handed_out() {
 }
 
 #[tokio::test]
+async fn what_was_lost_before_it_came_is_not_handed_out() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    let mut taken = Vec::new();
+    // The first notice finds nothing here, the second finds what the user has.
+    for (offsets, messages, begun) in [([1, 2, 3], 12, 3), ([4, 5, 6], 14, 6)] {
+        let notice = ConsumerNotice::LeasesLost {
+            leases: vec![lease(offsets[0], 1), lease(offsets[2], 1)],
+            reason: LostReason::HoldMax,
+        };
+        let deliveries = &mut consumer.deliveries;
+        deliveries.write(FrameType::ConsumerNotice, &notice).await;
+        deliveries.deliver(1, offsets).await;
+        let next = consumer.next().await;
+        assert_eq!((next.offset(), next.lost()), (Offset(offsets[1]), None));
+        credit(&mut consumer.deliveries, messages, begun).await;
+        taken.push(next);
+    }
+}
+
+#[tokio::test]
+async fn a_lost_lease_that_never_came_may_be_given_again_after_a_crash() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    let notice = ConsumerNotice::LeasesLost {
+        leases: vec![lease(1, 1)],
+        reason: LostReason::HoldMax,
+    };
+    consumer
+        .deliveries
+        .write(FrameType::ConsumerNotice, &notice)
+        .await;
+    consumer.deliveries.deliver(1, [2]).await;
+    let taken = consumer.next().await;
+    connection.break_off();
+
+    let connection = broker.accept().await;
+    let again = ConsumerOpened {
+        leases: vec![lease(2, 1)],
+        resumed: true,
+        ..opened(1, SubscriptionMode::Queue)
+    };
+    let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+    deliveries.deliver(1, [1]).await;
+    let next = consumer.next().await;
+    assert_eq!((next.offset(), taken.lost()), (Offset(1), None));
+}
+
+#[tokio::test]
 async fn a_resumed_session_settles_again_what_was_not_answered() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

@@ -110,7 +110,11 @@ struct State {
     taken_in_all: u64,
     /// What the user has, by its slot; some of it may be of earlier sessions.
     taken: Slab<(SessionId, LeaseName)>,
+    /// Of what the user has, and of what may still come: notices overtake deliveries. At most
+    /// `LOST_LEASES_MAX`.
     lost: BTreeMap<LeaseName, LostReason>,
+    /// Once so many are received, nothing is on its way of which a notice has told.
+    lost_until: u64,
     /// No more than were taken when the session was resumed.
     strays: BTreeMap<LeaseName, Stray>,
     /// The broker is going away: nothing is handed out before the streams are open again.
@@ -177,6 +181,7 @@ impl Session {
                 taken_in_all: 0,
                 taken: Slab::new(),
                 lost: BTreeMap::new(),
+                lost_until: 0,
                 strays: BTreeMap::new(),
                 paused: false,
                 settle: SettleQueue::default(),
@@ -442,8 +447,10 @@ impl Session {
         if !same {
             tracing::warn!("the consumer's session was lost; a new one begins");
             state.settle.fail(&SESSION_LOST, &mut wakeups);
-            state.lost.clear();
         }
+        // What stands now the broker has said. A name that it lost in a crash may be given again.
+        state.lost.clear();
+        state.lost_until = 0;
         state.strays.clear();
         match state.mode {
             SubscriptionMode::Queue if same => state.resumed(&opened.leases),

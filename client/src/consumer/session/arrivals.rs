@@ -104,6 +104,10 @@ impl State {
         if let Some(stray) = self.strays.remove(&held.lease()) {
             return self.came_again(held.lease(), stray);
         }
+        if self.lost.remove(&held.lease()).is_some() {
+            // The notice has overtaken it. It is over as soon as all before it is.
+            return self.count_begun();
+        }
         self.outstanding += 1;
         self.outstanding_bytes += bytes;
         self.buffer.push_back(Item::Message(held));
@@ -132,9 +136,12 @@ impl State {
         let mut gone: BTreeSet<LeaseName> = leases.into_iter().collect();
         self.retain(|held| !gone.remove(&held.lease()));
         self.count_begun();
-        if self.outstanding == 0 {
+        if self.outstanding == 0 && self.received >= self.lost_until {
+            // Nobody has any of those before, and none is on its way.
             self.lost.clear();
-        } else if self.lost.len() + gone.len() <= LOST_LEASES_MAX {
+        }
+        self.lost_until = self.granted.max_messages;
+        if self.lost.len() + gone.len() <= LOST_LEASES_MAX {
             self.lost
                 .extend(gone.into_iter().map(|lease| (lease, reason)));
         }

@@ -245,6 +245,22 @@ async fn no_more_is_asked_for_than_will_be_taken_in_all() {
 }
 
 #[tokio::test]
+async fn a_consumer_may_ask_for_any_number_of_bytes() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let subscribe = client.subscribe("orders", "billing");
+    let opening = subscribe.prefetch(1).prefetch_bytes(u64::MAX).open();
+    let first = opened(1, SubscriptionMode::Queue);
+    let (subscription, (_, mut deliveries, _settlements)) =
+        tokio::join!(opening, connection.consumer(&first));
+    let mut subscription = subscription.unwrap();
+    deliveries.deliver(1, [1]).await;
+    let taken = patient(subscription.next()).await.unwrap().unwrap();
+    let _receipt = taken.ack_later();
+    credit(&mut deliveries, 2, 1).await;
+}
+
+#[tokio::test]
 async fn what_was_lost_before_it_was_taken_is_not_handed_out() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

@@ -587,7 +587,8 @@ impl State {
             .saturating_sub(self.taken_in_all + self.buffer.len() as u64);
         let room = prefetch.messages.saturating_sub(self.outstanding);
         let messages = self.received + room.min(wanted);
-        let bytes = self.received_bytes + prefetch.bytes.saturating_sub(self.outstanding_bytes);
+        let room = prefetch.bytes.saturating_sub(self.outstanding_bytes);
+        let bytes = self.received_bytes.saturating_add(room);
         self.granted.max_messages = self.granted.max_messages.max(messages);
         self.granted.max_bytes = self.granted.max_bytes.max(bytes);
     }

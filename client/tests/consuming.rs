@@ -6,7 +6,7 @@ mod fake;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fake::{Duplex, FakeBroker, FakeConnection, lease, opened, patient};
 use futures_util::StreamExt;
@@ -374,6 +374,31 @@ async fn a_resumed_session_settles_again_what_was_not_answered() {
     while acks(&mut settlements).await[0].offset != Offset(2) {}
     settled(&mut settlements, 3).await;
     assert_eq!(patient(acking).await.unwrap(), Ok(()));
+}
+
+#[tokio::test]
+async fn a_broker_without_memory_is_asked_ever_more_slowly() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let mut consumer = open(&client, &connection, 10).await;
+    connection.break_off();
+    let connection = broker.accept().await;
+    let began = Instant::now();
+    for _ in 0..6 {
+        let (open, mut refused) = connection.stream().await;
+        open.expect(FrameType::OpenConsumer).unwrap();
+        refused.reset(ErrorCode::Memory);
+    }
+    // The least waits between six attempts, in milliseconds.
+    let least = Duration::from_millis(5 + 10 + 20 + 40 + 80);
+    assert!(began.elapsed() >= least, "{:?}", began.elapsed());
+    let again = ConsumerOpened {
+        resumed: true,
+        ..opened(1, SubscriptionMode::Queue)
+    };
+    let (_, mut deliveries, _settlements) = connection.consumer(&again).await;
+    deliveries.deliver(1, [1]).await;
+    assert_eq!(consumer.next().await.offset(), Offset(1));
 }
 
 /// A consumer of offsets 1 to 3 whose broker has lost the leases of 1 and 2 in a crash, and gives them again.

@@ -173,6 +173,7 @@ async fn serve(shared: &Shared, session: &Session, identity: &Identity, first: S
 /// Opens the session again, for as long as it takes.
 async fn reopen(shared: &Shared, session: &Session, identity: &Identity) -> Result<Streams, Error> {
     let mut resume = Some(session.resume());
+    let mut backoff = Backoff::default();
     loop {
         let deadline = Instant::now() + shared.request_timeout;
         match open(shared, identity, resume, deadline).await {
@@ -181,7 +182,11 @@ async fn reopen(shared: &Shared, session: &Session, identity: &Identity) -> Resu
             // Even a new session may be over before its second stream is open.
             Err(error) if error.is_retriable() || error == Error::SessionEnded => {
                 tracing::debug!(%error, "the consumer waits for the broker");
-                sleep(Backoff::default().next(random())).await;
+                if Instant::now() >= deadline {
+                    // It has waited for a connection, whose pace is the supervisor's business.
+                    backoff = Backoff::default();
+                }
+                sleep(backoff.next(random())).await;
             }
             Err(Error::Tls(_) | Error::Version(_)) => sleep(RECONNECT_MAX).await,
             Err(error) => return Err(error),

@@ -21,8 +21,8 @@ use millpond_protocol::hot::{
     AckKind, AckRow, Credit, DeliverHead, DeliverMeta, Publish, PublishAck,
 };
 use millpond_protocol::{
-    Delivery, Epoch, Offset, ProducerHandle, ProducerKey, Sequence, SessionId, SubscriptionId,
-    TopicId, WireError,
+    Delivery, Epoch, ErrorCode, Offset, ProducerHandle, ProducerKey, Sequence, SessionId,
+    SubscriptionId, TopicId, WireError,
 };
 use quinn::crypto::rustls::QuicServerConfig;
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
@@ -335,6 +335,10 @@ impl Duplex {
         let mut out = BytesMut::from(&head.encode()[..]);
         out.put_slice(&messages);
         self.write_bytes(out.freeze()).await;
+    }
+
+    pub fn reset(&mut self, code: ErrorCode) {
+        self.send.reset(u32::from(u16::from(code)).into()).unwrap();
     }
 
     pub fn finish(&mut self) {

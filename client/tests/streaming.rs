@@ -4,6 +4,8 @@
 
 mod fake;
 
+use std::time::Duration;
+
 use fake::{Duplex, FakeBroker, FakeConnection, opened, patient};
 use millpond_client::{
     Client, Error, Offset, Request, Response, StartAt, StreamMessage, StreamSubscription,
@@ -15,6 +17,7 @@ use millpond_protocol::control::{
 use millpond_protocol::frame::FrameType;
 use millpond_protocol::hot::{ConsumerCredit, decode_commit};
 use millpond_protocol::{ErrorCode, WireError};
+use tokio::time::timeout;
 
 async fn open(
     client: &Client,
@@ -250,6 +253,21 @@ async fn a_damaged_range_is_told_in_its_place_and_is_not_the_end() {
     assert_eq!(offsets(&mut subscription, 1).await, [5]);
 }
 
+/// A stream consumer opens its streams again; it is the active one and reads from there.
+async fn resumes(connection: &FakeConnection, from: u64) -> (Duplex, Duplex) {
+    let position = Offset(from);
+    let again = ConsumerOpened {
+        resumed: true,
+        position,
+        ..opened(1, SubscriptionMode::Stream)
+    };
+    let (open, mut deliveries, settlements) = connection.consumer(&again).await;
+    assert_eq!(open.resume.unwrap().session.0, 1);
+    let active = ConsumerNotice::Active { from: position };
+    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    (deliveries, settlements)
+}
+
 #[tokio::test]
 async fn a_seek_back_is_followed() {
     let broker = FakeBroker::start();
@@ -271,32 +289,69 @@ async fn a_seek_back_is_followed() {
     };
     let (sought, ()) = tokio::join!(seeking, answering);
     assert_eq!(sought, Ok(()));
-    let active = ConsumerNotice::Active { from: Offset(1) };
-    deliveries.write(FrameType::ConsumerNotice, &active).await;
+    let (mut deliveries, _settlements) = resumes(&connection, 1).await;
     deliveries.deliver(0, 1..3).await;
     assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
+    assert!(subscription.active());
 }
 
 #[tokio::test]
-async fn what_comes_behind_a_seek_is_kept_although_its_answer_comes_later() {
+async fn nothing_from_before_a_seek_is_handed_out_behind_its_answer() {
     let broker = FakeBroker::start();
-    let (client, mut connection) = broker.connected().await;
+    let (client, connection) = broker.connected().await;
     let (mut subscription, mut deliveries, _settlements) = open(&client, &connection).await;
     deliveries.deliver(0, 0..4).await;
     assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
-    let seeking = subscription.seek(StartAt::Offset(Offset(1)));
+    connection.break_off();
+    patient(async {
+        while client.is_connected() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    let seeking = subscription.seek(StartAt::Offset(Offset(9)));
     let answering = async {
+        // The session is resumed before the broker has heard of the seek.
+        let mut connection = broker.accept().await;
+        let (mut deliveries, settlements) = resumes(&connection, 0).await;
+        deliveries.deliver(0, 0..6).await;
         let (id, _) = connection.request().await;
-        let active = ConsumerNotice::Active { from: Offset(1) };
-        deliveries.write(FrameType::ConsumerNotice, &active).await;
-        deliveries.deliver(0, 1..3).await;
-        // New credit for the message that the notice made void: the client has seen it.
-        while !gives_credit(&mut deliveries, 1_004).await {}
+        connection.respond(id, Ok(Response::Done)).await;
+        (connection, deliveries, settlements)
+    };
+    let (sought, (connection, _before, _settlements)) = tokio::join!(seeking, answering);
+    assert_eq!(sought, Ok(()));
+    let resuming = async {
+        let (mut deliveries, settlements) = resumes(&connection, 9).await;
+        deliveries.deliver(0, [9]).await;
+        (deliveries, settlements)
+    };
+    let (found, _streams) = tokio::join!(offsets(&mut subscription, 1), resuming);
+    assert_eq!(found, [9]);
+}
+
+#[tokio::test]
+async fn a_commit_is_answered_before_a_seek_is_asked_for() {
+    let broker = FakeBroker::start();
+    let (client, mut connection) = broker.connected().await;
+    let (mut subscription, mut deliveries, mut settlements) = open(&client, &connection).await;
+    deliveries.deliver(0, 0..4).await;
+    assert_eq!(offsets(&mut subscription, 3).await, [0, 1, 2]);
+    let committing = subscription.commit_later(Offset(3));
+    let seeking = subscription.seek(StartAt::Offset(Offset(0)));
+    let answering = async {
+        settlements.read(FrameType::Commit).await;
+        let early = timeout(Duration::from_millis(50), connection.request()).await;
+        assert!(early.is_err(), "{early:?}");
+        settled(&mut settlements, 1, None).await;
+        let (id, _) = connection.request().await;
         connection.respond(id, Ok(Response::Done)).await;
     };
-    let (sought, ()) = tokio::join!(seeking, answering);
-    assert_eq!(sought, Ok(()));
-    assert_eq!(offsets(&mut subscription, 2).await, [1, 2]);
+    let (sought, committed, ()) = tokio::join!(seeking, committing, answering);
+    assert_eq!((sought, committed), (Ok(()), Ok(())));
+    let (mut deliveries, _settlements) = resumes(&connection, 0).await;
+    deliveries.deliver(0, 0..2).await;
+    assert_eq!(offsets(&mut subscription, 2).await, [0, 1]);
 }
 
 #[tokio::test]

@@ -50,6 +50,8 @@ pub struct Streams {
 enum Ended {
     /// The session was closed and the broker has confirmed it.
     Finished,
+    /// A seek has made them void.
+    Sought,
     Again,
 }
 
@@ -150,17 +152,19 @@ async fn serve(shared: &Shared, session: &Session, identity: &Identity, first: S
     let mut reopening = Reopening::default();
     loop {
         let (link, started) = (Arc::clone(&streams.link), Instant::now());
-        match serve_streams(session, streams).await {
+        let ended = match serve_streams(session, streams).await {
             Ok(Ended::Finished) => return Error::Closed,
-            Ok(Ended::Again) => {}
+            Ok(ended) => ended,
             Err(error) => return error,
-        }
+        };
         session.stream_lost();
         let fate = StreamFate::of(&link, started.elapsed() > RECONNECT_MAX);
         drop(link);
-        match reopening.after(fate, random()) {
-            Ok(wait) => sleep(wait).await,
-            Err(error) => return error,
+        if let Ended::Again = ended {
+            match reopening.after(fate, random()) {
+                Ok(wait) => sleep(wait).await,
+                Err(error) => return error,
+            }
         }
         streams = match reopen(shared, session, identity).await {
             Ok(streams) => streams,
@@ -213,6 +217,7 @@ async fn serve_streams(session: &Session, streams: Streams) -> Result<Ended, Err
             Err(end) => end,
         },
         () = leave(session, &link) => StreamEnd::Lost,
+        () = session.must_reopen() => return Ok(Ended::Sought),
     };
     if session.is_close_sent() {
         // The broker ends the other streams too; what counts is its word on this one.

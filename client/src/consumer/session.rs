@@ -148,8 +148,8 @@ struct Told {
 #[derive(Default)]
 struct StreamPosition {
     active: bool,
-    /// Asked to go elsewhere, and not told yet where that is.
-    seeking: bool,
+    /// A seek has been answered when these streams, by their generation, were open or being opened.
+    sought: Option<u32>,
     resumed: bool,
     skip_below: Offset,
     next: Offset,
@@ -213,7 +213,7 @@ impl Session {
             };
             return Poll::Ready(end);
         }
-        let next = if state.paused || state.stream.seeking {
+        let next = if state.paused || state.stream.sought.is_some() {
             None
         } else {
             state.buffer.pop_front()
@@ -324,24 +324,27 @@ impl Session {
         self.state.lock().stream.active
     }
 
-    /// Stream mode: a seek has been asked for. What is buffered is not what the user will want next,
-    /// so nothing is handed out until the broker says on the delivery stream where it goes on; the
-    /// seek's own answer comes on another stream, before that or after.
-    pub fn seek(&self) {
+    /// Stream mode: a seek has been answered. What has come may be from before it, and more of that
+    /// may be on its way, so nothing is handed out until streams are open that were asked for after
+    /// this: they begin where it went.
+    pub fn sought(&self) {
         let mut state = self.state.lock();
-        if state.stream.active {
-            state.stream.seeking = true;
-        }
+        state.stream.sought = Some(state.generation);
+        drop(state);
+        self.progress.notify_waiters();
     }
 
-    /// The seek was refused, or its outcome is unknown: what is buffered may be all that comes.
-    pub fn seek_failed(&self) {
-        let mut state = self.state.lock();
-        state.stream.seeking = false;
-        let user = state.user.take();
-        drop(state);
-        if let Some(user) = user {
-            user.wake();
+    /// Waits until the present streams are void because of a seek.
+    pub async fn must_reopen(&self) {
+        loop {
+            let progress = self.progress.notified();
+            {
+                let state = self.state.lock();
+                if state.phase == Phase::Open && state.stream.sought == Some(state.generation) {
+                    return;
+                }
+            }
+            progress.await;
         }
     }
 
@@ -466,6 +469,7 @@ impl Session {
         }
         self.credit_work.notify_one();
         self.settle_work.notify_one();
+        self.progress.notify_waiters();
     }
 
     /// Hands out nothing more; ends once what the user has is settled.
@@ -603,12 +607,16 @@ impl State {
     }
 
     fn stream_reopened(&mut self, same: bool, position: Offset) {
-        if same && !self.stream.seeking && position >= self.stream.committed {
+        let sought = self.stream.sought;
+        if same && sought.is_none() && position >= self.stream.committed {
             self.stream.resumed = true;
             self.stream.skip_below = self.stream.next;
         } else {
             self.clear_buffer();
             self.stream = StreamPosition {
+                active: same && self.stream.active,
+                // These may have been attached before it: the next ones count.
+                sought: sought.filter(|generation| *generation == self.generation),
                 committed: position,
                 ..StreamPosition::default()
             };

@@ -8,10 +8,11 @@ use std::task::{Context, Poll};
 use futures_core::Stream;
 use millpond_protocol::control::Request;
 use millpond_protocol::{Offset, StartAt};
+use tokio::time::timeout;
 
 use super::SessionHandle;
 use super::delivery::SettleReceipt;
-use super::session::{Item, Session};
+use super::session::Item;
 use crate::client::{Client, Inner};
 use crate::delivery::Received;
 use crate::error::Error;
@@ -75,18 +76,31 @@ impl StreamSubscription {
         SettleReceipt::new(self.session.0.commit(next))
     }
 
-    /// Moves the subscription: what comes next is from there.
+    /// Moves the subscription: what comes next is from there. Commits that are on their way are
+    /// awaited first. Dropped before it resolves, it may be done all the same.
+    ///
+    /// # Errors
+    /// `Ambiguous` if the answer was lost: what comes next is from there, or again from the offset
+    /// that was committed last. After any other error the subscription goes on as it was.
     pub async fn seek(&self, to: StartAt) -> Result<(), Error> {
+        let session = &self.session.0;
+        // Nothing keeps them in order with the seek: one that came behind it would undo it.
+        let limit = self.inner.shared.request_timeout;
+        let committed = timeout(limit, session.all_settled()).await;
+        committed.map_err(|_| Error::Timeout {
+            what: "the answer to a commit",
+        })?;
         let request = Request::SubscriptionSeek {
             topic: self.topic.clone(),
             name: self.name.clone(),
             to,
         };
-        let mut seeking = Seeking::begin(&self.session.0);
         let client = Client::from_inner(Arc::clone(&self.inner));
-        client.request(request).await?;
-        seeking.answered = true;
-        Ok(())
+        let answer = client.request(request).await;
+        if matches!(answer, Ok(_) | Err(Error::Ambiguous)) {
+            session.sought();
+        }
+        answer.map(|_| ())
     }
 
     /// True while this consumer is the active one; otherwise it stands by.
@@ -112,30 +126,6 @@ impl StreamSubscription {
                 Item::Corrupt { first, next } => Err(Error::Corrupt { first, next }),
             })
         })
-    }
-}
-
-/// A seek whose answer may never come: then the session goes on as it was.
-struct Seeking<'a> {
-    session: &'a Session,
-    answered: bool,
-}
-
-impl<'a> Seeking<'a> {
-    fn begin(session: &'a Session) -> Self {
-        session.seek();
-        Self {
-            session,
-            answered: false,
-        }
-    }
-}
-
-impl Drop for Seeking<'_> {
-    fn drop(&mut self) {
-        if !self.answered {
-            self.session.seek_failed();
-        }
     }
 }
 

@@ -40,7 +40,7 @@ impl Session {
             ConsumerNotice::LeasesLost { leases, reason } => state.leases_lost(leases, reason),
             ConsumerNotice::Active { from } => state.activated(from),
             ConsumerNotice::Standby => {
-                (state.stream.active, state.stream.seeking) = (false, false);
+                state.stream.active = false;
                 state.clear_buffer();
             }
             ConsumerNotice::Paused { reason } => {
@@ -149,7 +149,6 @@ impl State {
 
     fn activated(&mut self, from: Offset) {
         self.stream.active = true;
-        self.stream.seeking = false;
         // A resumed session goes on behind what it has received; any other turn begins anew.
         if !std::mem::take(&mut self.stream.resumed) {
             self.clear_buffer();

@@ -263,6 +263,68 @@ async fn when_the_broker_goes_away_answers_are_awaited_and_the_rest_goes_to_the_
     assert_eq!(patient(later).await.unwrap().offset, Some(Offset(1)));
 }
 
+/// Opens the stream's next producer, or fences it, as a broker does whose epoch of it is `known`.
+async fn reopen_as_of(stream: &mut fake::Duplex, known: Epoch) -> OpenProducer {
+    let frame = stream.read(FrameType::OpenProducer).await;
+    let open: OpenProducer = frame.decode().unwrap();
+    if open.resume.unwrap().epoch < known {
+        let fenced = WireError::new(ErrorCode::ProducerFenced, "a newer one exists");
+        stream.end_producer(open.handle, Some(fenced)).await;
+    } else {
+        stream.opened_as(open.handle, known.next(), 0, WIDE).await;
+    }
+    open
+}
+
+#[tokio::test]
+async fn a_producer_is_not_fenced_by_an_opening_of_its_own_that_took_too_long() {
+    let broker = FakeBroker::start();
+    let limit = Duration::from_millis(500);
+    let builder = broker.client().request_timeout(limit);
+    let (client, connection) = broker.connected_as(builder).await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let sent = producer.try_send(Message::new("a")).unwrap();
+    stream.publish().await;
+    connection.break_off();
+
+    // Taken as epoch 2, but the answer comes to nobody.
+    let connection = broker.accept().await;
+    let (asked, mut stream) = connection.producer_asks().await;
+    assert_eq!(asked.resume.unwrap().epoch, Epoch(1));
+    let left = stream.producer_leaves().await;
+    assert_eq!((left.handle, left.leaving), (asked.handle, Leaving::ForNow));
+    let mut open = reopen_as_of(&mut stream, Epoch(2)).await;
+    if open.resume.unwrap().epoch < Epoch(2) {
+        open = reopen_as_of(&mut stream, Epoch(2)).await;
+    }
+    stream.handle = open.handle;
+    assert_eq!(stream.publish().await.handle, open.handle);
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert_eq!(patient(sent).await.unwrap().offset, Some(Offset(0)));
+}
+
+#[tokio::test]
+async fn a_producer_that_comes_back_does_not_fence_its_successor_but_is_over() {
+    let broker = FakeBroker::start();
+    let limit = Duration::from_millis(500);
+    let builder = broker.client().request_timeout(limit);
+    let (client, connection) = broker.connected_as(builder).await;
+    let (producer, _stream) = open(&client, &connection).await;
+    connection.break_off();
+
+    // Two openings that the broker never took.
+    let connection = broker.accept().await;
+    let (_, mut stream) = connection.producer_asks().await;
+    stream.producer_leaves().await;
+    stream.read(FrameType::OpenProducer).await;
+    stream.producer_leaves().await;
+    // Somebody else has opened it twice meanwhile.
+    reopen_as_of(&mut stream, Epoch(3)).await;
+    reopen_as_of(&mut stream, Epoch(3)).await;
+    let next = patient(producer.send(Message::new("a"))).await;
+    assert_eq!(next, Err(Error::Fenced));
+}
+
 #[tokio::test]
 async fn a_forgotten_anonymous_producer_begins_anew() {
     let broker = FakeBroker::start();

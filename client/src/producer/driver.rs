@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use millpond_protocol::control::{OpenProducer, ProducerOpened, ProducerResume};
-use millpond_protocol::{ErrorClass, ProducerHandle};
+use millpond_protocol::{ErrorClass, ErrorCode, ProducerHandle};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout_at};
 use tokio_util::task::task_tracker::TaskTrackerToken;
 
@@ -43,26 +43,53 @@ pub struct Identity {
     pub producer_id: Option<String>,
 }
 
+/// The incarnation as which a producer comes back.
+///
+/// Of the openings that name one epoch the broker takes one at most, and fences the others. So an
+/// opening whose answer was lost is asked for again as it was. If that is fenced, it may be by the
+/// lost one, whose epoch is named then. To name more from the beginning would fence a successor
+/// that somebody else has opened.
+pub struct Incarnation {
+    resume: ProducerResume,
+    /// An opening that named this epoch was not answered.
+    is_in_doubt: bool,
+}
+
+impl Incarnation {
+    /// Whether it may have fenced itself; it is the next one from now on.
+    fn has_fenced_itself(&mut self) -> bool {
+        let may_have = std::mem::take(&mut self.is_in_doubt);
+        if may_have {
+            self.resume.epoch = self.resume.epoch.next();
+        }
+        may_have
+    }
+}
+
 /// Opens a producer; tries again until the deadline if the broker is busy.
 pub async fn open(
     shared: &Shared,
     identity: &Identity,
-    resume: Option<ProducerResume>,
+    incarnation: &mut Option<Incarnation>,
     deadline: Instant,
 ) -> Result<Stream, Error> {
-    let mut question = OpenProducer {
-        // Given where it is seated.
-        handle: ProducerHandle(0),
-        topic: identity.topic.clone(),
-        producer_id: identity.producer_id.clone(),
-        resume,
-    };
     let mut backoff = Backoff::default();
     loop {
         let link = shared.link(deadline).await?;
+        let question = OpenProducer {
+            // Given where it is seated.
+            handle: ProducerHandle(0),
+            topic: identity.topic.clone(),
+            producer_id: identity.producer_id.clone(),
+            resume: incarnation.as_ref().map(|known| known.resume),
+        };
         let streams = &link.publishing;
-        let opening = streams.open(shared, &link.connection, question.clone());
-        let end = match timeout_at(deadline, opening).await {
+        let opening = streams.open(shared, &link.connection, question);
+        let answer = timeout_at(deadline, opening).await;
+        if let (Some(known), Err(_) | Ok(Err(StreamEnd::Lost))) = (incarnation.as_mut(), &answer) {
+            known.is_in_doubt = true;
+        }
+        let end = match answer {
             Ok(Ok((seat, opened))) => {
                 return Ok(Stream {
                     using: link.users.token(),
@@ -78,9 +105,11 @@ pub async fn open(
                 });
             }
         };
-        // The broker may have opened it, and the answer was lost: that epoch is ours too.
-        if let Some(resume) = &mut question.resume {
-            resume.epoch = resume.epoch.next();
+        let is_fenced =
+            matches!(&end, StreamEnd::Refused(wire) if wire.code == ErrorCode::ProducerFenced);
+        let known = incarnation.as_mut();
+        if is_fenced && known.is_some_and(Incarnation::has_fenced_itself) {
+            continue;
         }
         let wait = match &end {
             StreamEnd::Lost => {
@@ -157,19 +186,22 @@ async fn reopen(
     identity: &Identity,
     resume: ProducerResume,
 ) -> Result<Stream, Error> {
-    let mut resume = Some(ProducerResume {
-        last_known: core.accepted().max(resume.last_known),
-        ..resume
+    let mut incarnation = Some(Incarnation {
+        resume: ProducerResume {
+            last_known: core.accepted().max(resume.last_known),
+            ..resume
+        },
+        is_in_doubt: false,
     });
     loop {
         if core.is_finished() {
             return Err(Error::Closed);
         }
         let deadline = Instant::now() + shared.request_timeout;
-        match open(shared, identity, resume, deadline).await {
+        match open(shared, identity, &mut incarnation, deadline).await {
             Ok(stream) => return Ok(stream),
             // The broker forgot this producer: a new state begins, what was in doubt stays so.
-            Err(Error::SequenceExpired) if resume.is_some() => resume = None,
+            Err(Error::SequenceExpired) if incarnation.is_some() => incarnation = None,
             Err(error) if error.is_retriable() => {
                 tracing::debug!(topic = identity.topic, %error, "the producer waits for the broker");
                 sleep(Backoff::default().next(random())).await;

@@ -93,7 +93,7 @@ impl ProducerBuilder {
             producer_id: self.id,
         };
         let deadline = Instant::now() + shared.request_timeout;
-        let stream = driver::open(shared, &identity, None, deadline).await?;
+        let stream = driver::open(shared, &identity, &mut None, deadline).await?;
         let send_timeout = self.send_timeout.unwrap_or(shared.send_timeout);
         let config = PipelineConfig {
             window_messages: self.window_messages,

@@ -227,11 +227,21 @@ pub struct Duplex {
 impl Duplex {
     /// The producer with this handle is open.
     pub async fn opened(&mut self, handle: ProducerHandle, last: u64, credit: Credit) {
+        self.opened_as(handle, Epoch(1), last, credit).await;
+    }
+
+    pub async fn opened_as(
+        &mut self,
+        handle: ProducerHandle,
+        epoch: Epoch,
+        last: u64,
+        credit: Credit,
+    ) {
         let opened = ProducerOpened {
             handle,
             topic: TopicId(1),
             producer: ProducerKey(5),
-            epoch: Epoch(1),
+            epoch,
             last_sequence: Sequence(last),
             credit,
         };

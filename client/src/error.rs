@@ -65,6 +65,13 @@ pub enum Error {
     Tls(String),
     #[error("{url:?} is no broker address: {why}; write millpond://HOST:PORT")]
     InvalidUrl { url: String, why: String },
+    /// A name or an id is longer than the broker takes; nothing was sent.
+    #[error("the {what} has {found} bytes; it may have at most {max}")]
+    TooLong {
+        what: &'static str,
+        found: usize,
+        max: usize,
+    },
     /// The message breaks a limit.
     #[error(transparent)]
     Message(#[from] MessageError),
@@ -93,6 +100,7 @@ impl Error {
             Self::SequenceNotRising { .. }
             | Self::Tls(_)
             | Self::InvalidUrl { .. }
+            | Self::TooLong { .. }
             | Self::Message(_)
             | Self::Protocol(_) => ErrorClass::RequestFatal,
         }
@@ -138,6 +146,7 @@ impl Error {
             Self::Rejected(wire) => Some(wire.code),
             Self::Corrupt { .. } => Some(ErrorCode::Corrupt),
             Self::Version(_) => Some(ErrorCode::Version),
+            Self::TooLong { .. } => Some(ErrorCode::InvalidName),
             Self::Message(MessageError::ReservedHeader(_)) => Some(ErrorCode::ReservedHeader),
             Self::Message(MessageError::Checksum) => Some(ErrorCode::Corrupt),
             Self::Message(_) => Some(ErrorCode::TooLarge),

@@ -141,8 +141,16 @@ pub async fn write<T: Serialize>(
     kind: FrameType,
     value: &T,
 ) -> Result<(), StreamEnd> {
-    let bytes = frame::encode(kind, value)?;
+    let bytes = encode(kind, value)?;
     Ok(stream.write_chunk(bytes).await?)
+}
+
+/// A control frame as it is written.
+///
+/// # Errors
+/// `Refused` if it is too long: the broker would end the stream for it, with all who share it.
+pub fn encode<T: Serialize>(kind: FrameType, value: &T) -> Result<Bytes, StreamEnd> {
+    frame::encode(kind, value).map_err(|error| StreamEnd::Refused(error.into()))
 }
 
 /// Opens a stream with its first frame and awaits the answer.
@@ -162,5 +170,5 @@ pub async fn open<T: Serialize>(
 
 /// A control request as it is written.
 pub fn request(frame: &RequestFrame) -> Result<Bytes, Error> {
-    Ok(frame::encode(FrameType::Request, frame)?)
+    Ok(encode(FrameType::Request, frame)?)
 }

@@ -28,6 +28,19 @@ async fn the_token_and_the_name_are_told_first() {
 }
 
 #[tokio::test]
+async fn a_hello_that_is_too_long_is_the_clients_fault() {
+    let broker = FakeBroker::start();
+    let url = broker.url();
+    let connecting = broker.client().name("n".repeat(5_000)).connect(&url);
+    let error = tokio::select! {
+        result = patient(connecting) => result.err().unwrap(),
+        _ = broker.hello() => panic!("it cannot be said"),
+    };
+    assert_eq!(error.code(), Some(ErrorCode::TooLarge));
+    assert_eq!(error.class(), ErrorClass::RequestFatal);
+}
+
+#[tokio::test]
 async fn a_client_that_has_connected_says_so_at_once() {
     let broker = FakeBroker::start();
     let (client, _connection) = broker.connected().await;

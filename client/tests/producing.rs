@@ -454,6 +454,29 @@ async fn producers_of_one_connection_share_a_stream_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_name_that_is_too_long_is_refused_and_is_nothing_to_the_others() {
+    let broker = FakeBroker::start();
+    let (client, connection) = broker.connected().await;
+    let (producer, mut stream) = open(&client, &connection).await;
+    let name = "x".repeat(5_000);
+    let openings = [
+        client.producer(&name),
+        client.producer("orders").id(&name),
+        client.producer("x".repeat(201)),
+    ];
+    for opening in openings {
+        let error = patient(opening.open()).await.err().unwrap();
+        assert!(matches!(error, Error::TooLong { .. }), "{error:?}");
+        assert_eq!(error.code(), Some(ErrorCode::InvalidName));
+        assert!(!error.is_retriable());
+    }
+    let sent = producer.try_send(Message::new("a")).unwrap();
+    assert_eq!(stream.publish().await.handle, FIRST);
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert!(patient(sent).await.is_ok());
+}
+
+#[tokio::test]
 async fn a_dropped_producer_leaves_once_it_is_answered_and_the_others_go_on() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

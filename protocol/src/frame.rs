@@ -169,10 +169,10 @@ pub fn header(kind: FrameType, length: usize) -> [u8; HEADER_BYTES] {
 /// Encodes a control frame: header and postcard body.
 ///
 /// # Errors
-/// `TooLong` if the body exceeds the control limit; the caller pages its answer.
+/// `TooLong` if the body exceeds what a receiver takes of this type; the caller pages its answer.
 pub fn encode<T: Serialize>(kind: FrameType, value: &T) -> Result<Bytes, FrameError> {
     let body = postcard::to_stdvec(value).map_err(|_| FrameError::Body("it cannot be encoded"))?;
-    let max = body_bytes_max(kind).max(CONTROL_BYTES_MAX);
+    let max = body_bytes_max(kind);
     if body.len() > max {
         let found = body.len();
         return Err(FrameError::TooLong { found, max });
@@ -261,6 +261,18 @@ mod tests {
         let mut head = header(FrameType::Hello, 100);
         head[..4].copy_from_slice(&u32::MAX.to_le_bytes());
         assert!(matches!(peek(&head), Err(FrameError::TooLong { .. })));
+    }
+
+    #[test]
+    fn what_a_receiver_would_refuse_as_too_long_is_not_encoded() {
+        for &kind in FrameType::ALL {
+            let body = "x".repeat(body_bytes_max(kind) + 1);
+            let encoded = encode(kind, &body);
+            assert!(
+                matches!(encoded, Err(FrameError::TooLong { .. })),
+                "{kind:?}"
+            );
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod stream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use millpond_protocol::limits::{NAME_BYTES_MAX, PRODUCER_ID_BYTES_MAX};
 use millpond_protocol::{Message, Sequence};
 use tokio::time::Instant;
 
@@ -50,7 +51,7 @@ impl ProducerBuilder {
 
     /// A lasting name, under which the broker remembers sequences: what a crashed process sends
     /// again is recognised. Opening it fences whoever has it open. Without one, sequences are
-    /// remembered as long as this producer lives.
+    /// remembered as long as this producer lives. At most 200 bytes.
     pub fn id(mut self, id: impl Into<String>) -> Self {
         self.id = Some(id.into());
         self
@@ -84,9 +85,13 @@ impl ProducerBuilder {
     /// Opens the producer.
     ///
     /// # Errors
-    /// What the broker says (`UnknownTopic`, `Unauthorized`), or why it cannot be asked.
+    /// What the broker says (`UnknownTopic`, `Unauthorized`), or why it cannot be asked; `TooLong` if
+    /// the topic's name or the id is.
     pub async fn open(self) -> Result<Producer, Error> {
         let shared = &self.inner.shared;
+        check_length("topic's name", &self.topic, NAME_BYTES_MAX)?;
+        let id = self.id.as_deref().unwrap_or_default();
+        check_length("producer id", id, PRODUCER_ID_BYTES_MAX)?;
         shared.allow()?;
         let identity = Identity {
             topic: self.topic,
@@ -110,6 +115,14 @@ impl ProducerBuilder {
             handle: Arc::new(Handle { core }),
         })
     }
+}
+
+fn check_length(what: &'static str, name: &str, max: usize) -> Result<(), Error> {
+    let found = name.len();
+    if found > max {
+        return Err(Error::TooLong { what, found, max });
+    }
+    Ok(())
 }
 
 /// Publishes messages to one topic. Clones share one order, one window and one batch.

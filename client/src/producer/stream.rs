@@ -28,7 +28,7 @@ use tokio::time::{sleep_until, timeout};
 use super::core::Core;
 use super::pipeline::{Next, PublishFrame};
 use crate::error::Error;
-use crate::io::{FrameReader, StreamEnd};
+use crate::io::{self, FrameReader, StreamEnd};
 use crate::limits::{COPY_BYTES_MAX, FINISH_TIMEOUT, WRITE_BYTES_TARGET};
 use crate::supervisor::Shared;
 
@@ -201,9 +201,9 @@ impl PublishStream {
             handle,
             ..question.clone()
         };
-        let frame = match frame::encode(FrameType::OpenProducer, &question) {
+        let frame = match io::encode(FrameType::OpenProducer, &question) {
             Ok(frame) => frame,
-            Err(error) => return Some(Err(error.into())),
+            Err(end) => return Some(Err(end)),
         };
         state.highest = handle;
         let member = Member {

@@ -155,14 +155,16 @@ async fn serve(shared: &Shared, core: &Arc<Core>, identity: &Identity, first: St
             epoch: stream.opened.epoch,
             last_known: stream.opened.last_sequence,
         };
-        let accepted = core.accepted();
+        let (accepted, started) = (core.accepted(), Instant::now());
         match serve_stream(shared, core, stream).await {
             None => return Error::Closed,
             Some(Lost::Fatal(error)) => return error,
             Some(Lost::Again) => {}
         }
         core.lost();
-        let fate = StreamFate::of(&link, core.accepted() > accepted);
+        // One that had nothing to send has been of use if it lasted.
+        let was_of_use = core.accepted() > accepted || started.elapsed() > RECONNECT_MAX;
+        let fate = StreamFate::of(&link, was_of_use);
         drop(link);
         match reopening.after(fate, random()) {
             Ok(wait) => sleep(wait).await,

@@ -56,10 +56,12 @@ impl PublishStreams {
                     let opened = connection.open_bi().await;
                     let (send, recv) = opened.map_err(|_| StreamEnd::Lost)?;
                     let stream = Arc::new(PublishStream::default());
+                    // Before its task runs, which ends it if the connection is gone already.
+                    let seated = stream.seat(&question);
                     let task = run(Arc::clone(&stream), send, FrameReader::new(recv));
                     shared.streams.spawn(task);
-                    open.push(Arc::clone(&stream));
-                    stream.seat(&question).expect("it has just been opened")?
+                    open.push(stream);
+                    seated.expect("it is empty, and nothing has ended it yet")?
                 }
             }
         };

@@ -18,7 +18,7 @@ use crate::control::{Ask, Lost, is_repeatable};
 use crate::error::Error;
 use crate::limits::{
     BREAKER_COOLDOWN, BREAKER_FAILURES, CONNECT_TIMEOUT, MTU_DEFAULT, MTU_MAX, MTU_MIN,
-    REQUEST_TIMEOUT, SEND_TIMEOUT,
+    REQUEST_TIMEOUT, SEND_TIMEOUT, SETTING_MAX,
 };
 use crate::producer::ProducerBuilder;
 use crate::supervisor::Shared;
@@ -87,24 +87,24 @@ impl ClientBuilder {
         self
     }
 
-    /// How long a control request may take; default 10 s.
+    /// How long a control request may take; default 10 s, at most a year.
     #[must_use]
     pub fn request_timeout(mut self, limit: Duration) -> Self {
-        self.request_timeout = limit;
+        self.request_timeout = limit.min(SETTING_MAX);
         self
     }
 
-    /// How long `connect` may take; default 5 s.
+    /// How long `connect` may take; default 5 s, at most a year.
     #[must_use]
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
-        self.connect_timeout = limit;
+        self.connect_timeout = limit.min(SETTING_MAX);
         self
     }
 
-    /// How long a message may wait for credit or for its acknowledgement; default 30 s.
+    /// How long a message may wait for credit or for its acknowledgement; default 30 s, at most a year.
     #[must_use]
     pub fn send_timeout(mut self, limit: Duration) -> Self {
-        self.send_timeout = limit;
+        self.send_timeout = limit.min(SETTING_MAX);
         self
     }
 
@@ -118,12 +118,12 @@ impl ClientBuilder {
     }
 
     /// Requests fail at once after this many failures in a row (default 5), until one that is let
-    /// through after the cooldown (default 1 s, doubling up to 30 s) succeeds. Messages of producers
-    /// are not requests: they wait for at most `send_timeout`.
+    /// through after the cooldown (default 1 s, doubling up to 30 s; at most a year) succeeds. Messages
+    /// of producers are not requests: they wait for at most `send_timeout`.
     #[must_use]
     pub fn circuit_breaker(mut self, failures: u32, cooldown: Duration) -> Self {
         self.failures_max = failures;
-        self.cooldown = cooldown;
+        self.cooldown = cooldown.min(SETTING_MAX);
         self
     }
 

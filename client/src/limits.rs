@@ -6,6 +6,10 @@ use std::time::Duration;
 
 use millpond_protocol::limits::MESSAGE_BYTES_MAX;
 
+/// The longest time that a setting may name, a year; a longer one is taken as this, so that it can be
+/// added to any time of day.
+pub const SETTING_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
+
 /// How long the first connection may take, handshake included.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the first attempt to come back may take; each further one may take twice as long. An

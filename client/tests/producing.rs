@@ -500,6 +500,53 @@ async fn a_dropped_producer_leaves_once_it_is_answered_and_the_others_go_on() {
 }
 
 #[tokio::test]
+async fn settings_without_end_are_taken() {
+    let broker = FakeBroker::start();
+    let builder = broker.client().circuit_breaker(1, Duration::MAX);
+    let builder = builder.connect_timeout(Duration::MAX);
+    let builder = builder.request_timeout(Duration::MAX);
+    let (client, mut connection) = broker.connected_as(builder).await;
+    let opening = client.producer("orders").linger(Duration::MAX);
+    let opening = opening.send_timeout(Duration::MAX).open();
+    let one = Credit {
+        max_messages: 1,
+        ..WIDE
+    };
+    let (producer, (_, mut stream)) = tokio::join!(opening, connection.producer(0, one));
+    let producer = producer.unwrap();
+    let first = producer.try_send(Message::new("a")).unwrap();
+    // The writer has looked at it, and waits, once it has opened another producer.
+    let opening = client.producer("bills").open();
+    let (second, _) = tokio::join!(opening, stream.next_producer(0, WIDE));
+    let second = second.unwrap();
+    let waiting = {
+        let producer = producer.clone();
+        tokio::spawn(async move { producer.enqueue(Message::new("b")).await })
+    };
+    let of_second = second.try_send(Message::new("c")).unwrap();
+    let batch = stream.publish().await;
+    assert_eq!(batch.handle, ProducerHandle(2));
+    stream.handle = batch.handle;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert!(patient(of_second).await.is_ok());
+
+    let flushing = tokio::spawn(async move { producer.flush().await });
+    assert_eq!(stream.publish().await.handle, FIRST);
+    stream.handle = FIRST;
+    stream.ack(1, 0, 1, AckKind::Appended).await;
+    assert!(patient(first).await.is_ok());
+    assert_eq!(patient(flushing).await.unwrap(), Ok(()));
+    assert!(patient(waiting).await.unwrap().is_ok());
+
+    let asking = tokio::spawn(async move { client.new_token("a").await });
+    let (id, _) = connection.request().await;
+    let refusal = WireError::new(ErrorCode::Unauthorized, "not allowed");
+    connection.respond(id, Err(refusal)).await;
+    let error = patient(asking).await.unwrap().err().unwrap();
+    assert_eq!(error.code(), Some(ErrorCode::Unauthorized));
+}
+
+#[tokio::test]
 async fn a_producer_that_must_open_again_does_so_in_a_new_place_on_the_stream() {
     let broker = FakeBroker::start();
     let (client, connection) = broker.connected().await;

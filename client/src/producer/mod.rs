@@ -22,7 +22,7 @@ pub use self::receipt::{Receipt, SendReceipt};
 pub(crate) use self::stream::PublishStreams;
 use crate::client::Inner;
 use crate::error::Error;
-use crate::limits::PRODUCER_WINDOW_MESSAGES;
+use crate::limits::{PRODUCER_WINDOW_MESSAGES, SETTING_MAX};
 
 /// How a producer is opened.
 #[must_use = "a producer is opened by `open`"]
@@ -64,15 +64,16 @@ impl ProducerBuilder {
     }
 
     /// How long a batch may wait for more messages; default zero: a batch is what gathers while the
-    /// one before it is written.
+    /// one before it is written. At most a year: a full batch, `flush` and `close` end the wait.
     pub fn linger(mut self, linger: Duration) -> Self {
-        self.linger = linger;
+        self.linger = linger.min(SETTING_MAX);
         self
     }
 
-    /// How long a message may wait for credit, and then for its answer; default the client's.
+    /// How long a message may wait for credit, and then for its answer; default the client's, at most a
+    /// year.
     pub fn send_timeout(mut self, limit: Duration) -> Self {
-        self.send_timeout = Some(limit);
+        self.send_timeout = Some(limit.min(SETTING_MAX));
         self
     }
 

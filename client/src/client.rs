@@ -94,7 +94,8 @@ impl ClientBuilder {
         self
     }
 
-    /// How long `connect` may take; default 5 s, at most a year.
+    /// How long `connect` may take; default 5 s, at most a year. A host with several addresses is tried at
+    /// one after another, IPv4 first, each for an equal share of the time that is left.
     #[must_use]
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         self.connect_timeout = limit.min(SETTING_MAX);

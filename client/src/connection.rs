@@ -16,7 +16,7 @@ use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, TokioRuntime, TransportConfig};
 use quinn::{ClientConfig, Connection, ConnectionError, Endpoint, MtuDiscoveryConfig, VarInt};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -75,13 +75,18 @@ impl Dialer {
 
     /// One attempt, handshake and welcome included. The control stream's task is left to the caller.
     pub async fn dial(&self, limit: Duration) -> Result<(Link, ControlStream), Error> {
-        match timeout(limit, self.dial_any()).await {
-            Ok(result) => result,
-            Err(_) => Err(Error::Connect(format!(
+        let deadline = Instant::now() + limit;
+        let silent = || {
+            Error::Connect(format!(
                 "no answer from {} within {limit:?}; is the broker running there, and is its UDP port open?",
                 self.address
-            ))),
-        }
+            ))
+        };
+        let Ok(addresses) = timeout_at(deadline, self.address.resolve()).await else {
+            return Err(silent());
+        };
+        let made = in_turn(&addresses?, deadline, |at| self.dial_one(at)).await;
+        made.map_err(|error| error.unwrap_or_else(silent))
     }
 
     /// Waits until the other side has been told that connections are closed.
@@ -90,17 +95,6 @@ impl Dialer {
         for endpoint in endpoints {
             endpoint.wait_idle().await;
         }
-    }
-
-    async fn dial_any(&self) -> Result<(Link, ControlStream), Error> {
-        let mut last = Error::Connect(format!("{} has no address", self.address));
-        for address in self.address.resolve().await? {
-            match self.dial_one(address).await {
-                Ok(made) => return Ok(made),
-                Err(error) => last = error,
-            }
-        }
-        Err(last)
     }
 
     async fn dial_one(&self, at: SocketAddr) -> Result<(Link, ControlStream), Error> {
@@ -192,6 +186,28 @@ impl Dialer {
     }
 }
 
+/// Dials one address after another. Each gets an equal share of the time that is left, so that a
+/// silent one leaves some to those behind it. The error is the last that anybody told.
+async fn in_turn<T, F>(
+    addresses: &[SocketAddr],
+    deadline: Instant,
+    dial: impl Fn(SocketAddr) -> F,
+) -> Result<T, Option<Error>>
+where
+    F: Future<Output = Result<T, Error>>,
+{
+    let mut told = None;
+    for (&at, shares) in addresses.iter().zip((1..=addresses.len() as u32).rev()) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match timeout(left / shares, dial(at)).await {
+            Ok(Ok(made)) => return Ok(made),
+            Ok(Err(error)) => told = Some(error),
+            Err(_) => {}
+        }
+    }
+    Err(told)
+}
+
 /// What the first frame of a connection says of this client.
 pub fn hello(token: Option<String>, client_name: String) -> Hello {
     Hello {
@@ -262,5 +278,46 @@ mod tests {
         let takes = |max_mtu| endpoint_config(max_mtu).get_max_udp_payload_size();
         assert_eq!(takes(1_200), 1_472);
         assert_eq!(takes(6_400), 6_400);
+    }
+
+    fn hosts(last_bytes: impl IntoIterator<Item = u8>) -> Vec<SocketAddr> {
+        let host = |n| SocketAddr::from((Ipv4Addr::new(10, 0, 0, n), 7400));
+        last_bytes.into_iter().map(host).collect()
+    }
+
+    #[tokio::test]
+    async fn silent_addresses_leave_time_for_those_behind_them() {
+        let hosts = hosts(1..=3);
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let answers = |at: SocketAddr| {
+            let is_last = at == hosts[2];
+            async move {
+                if !is_last {
+                    std::future::pending::<()>().await;
+                }
+                Ok(at)
+            }
+        };
+        let made = timeout_at(deadline, in_turn(&hosts, deadline, answers)).await;
+        assert_eq!(made, Ok(Ok(hosts[2])));
+    }
+
+    #[tokio::test]
+    async fn what_an_address_told_is_not_forgotten_over_a_silent_one() {
+        let hosts = hosts(1..=2);
+        let deadline = Instant::now() + Duration::from_millis(20);
+        let refused = |at: SocketAddr| {
+            let is_first = at == hosts[0];
+            async move {
+                if !is_first {
+                    std::future::pending::<()>().await;
+                }
+                Err::<(), _>(Error::Connect("refused".to_owned()))
+            }
+        };
+        let told = in_turn(&hosts, deadline, refused).await;
+        assert_eq!(told, Err(Some(Error::Connect("refused".to_owned()))));
+        let nothing = in_turn(&hosts[1..], deadline, refused).await;
+        assert_eq!(nothing, Err(None));
     }
 }

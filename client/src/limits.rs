@@ -10,12 +10,12 @@ use millpond_protocol::limits::MESSAGE_BYTES_MAX;
 /// added to any time of day.
 pub const SETTING_MAX: Duration = Duration::from_secs(365 * 24 * 3_600);
 
-/// How long the first connection may take, handshake included.
+/// How long the first connection may take, handshake included; shared by the host's addresses.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the first attempt to come back may take; each further one may take twice as long. An
 /// attempt that was begun before the broker listens learns of it late.
 pub const REDIAL_TIMEOUT_FIRST: Duration = Duration::from_millis(250);
-/// The longest that one attempt may take.
+/// The longest that one attempt may take; shared by the host's addresses.
 pub const REDIAL_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a control request, or the opening of a producer or consumer, may take.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

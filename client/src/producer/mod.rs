@@ -147,7 +147,9 @@ impl Drop for Handle {
 impl Producer {
     /// Publishes a message and waits until it is durable.
     ///
-    /// Dropping the future after its first poll leaves the message on its way.
+    /// Dropping the future while it waits for room sends nothing; once there was room, which is at the
+    /// first poll unless the producer is slowed down, the message is on its way and stays so. Where the
+    /// difference matters, `enqueue` tells it.
     ///
     /// # Errors
     /// `Backpressure` if there was no room within the send timeout, `Ambiguous` if there was no
@@ -165,7 +167,8 @@ impl Producer {
         self.enqueue_with_sequence(message, sequence).await?.await
     }
 
-    /// Waits for room only; the receipt tells the outcome. Messages keep the order of these calls.
+    /// Waits for room only; the receipt tells the outcome. Messages keep the order in which they found
+    /// room. Cancel-safe: a message whose future is dropped before it has returned has not been taken.
     pub async fn enqueue(&self, message: Message) -> Result<Receipt, Error> {
         self.core().push(&message, None).await.map(Receipt::new)
     }

@@ -19,7 +19,7 @@ async fn broker() -> (EmbeddedBroker, Client, SocketAddr) {
 }
 
 /// Status and body.
-async fn get(at: SocketAddr, path: &str) -> (u16, String) {
+pub async fn get(at: SocketAddr, path: &str) -> (u16, String) {
     let mut stream = TcpStream::connect(at).await.unwrap();
     let request = format!("GET {path} HTTP/1.1\r\nHost: {at}\r\n\r\n");
     stream.write_all(request.as_bytes()).await.unwrap();

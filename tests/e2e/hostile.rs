@@ -1,8 +1,9 @@
 //! Peers that break the protocol: each is told why, and nobody else notices.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use millpond_client::{Client, Error, ErrorCode, Message, StartAt};
 use millpond_protocol::WireError;
 use millpond_protocol::control::{
@@ -14,11 +15,14 @@ use millpond_protocol::hot::{
     AckKind, AckRun, ConsumerCredit, Credit, PublishAck, decode_deliver, encode_acks,
 };
 use millpond_protocol::ids::{Delivery, Offset, ProducerHandle, Sequence, SessionId};
-use millpond_protocol::limits::{PRODUCER_ID_BYTES_MAX, REASON_BYTES_MAX, STREAM_PRODUCERS_MAX};
+use millpond_protocol::limits::{
+    PRODUCER_ID_BYTES_MAX, REASON_BYTES_MAX, SETTLE_OFFSETS_MAX, STREAM_PRODUCERS_MAX,
+};
 use quinn::ConnectionError;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use crate::common::{PATIENCE, broker, broker_with, builder, next, publish, quick_retries, text};
+use crate::health::get;
 use crate::raw::{
     FIRST, Peer, Raw, Wire, head, hello, open_producer, publish as publish_frame, publish_of, whole,
 };
@@ -640,6 +644,45 @@ async fn acks_of_what_was_never_delivered_are_refused_one_by_one() {
     broker.shutdown().await.unwrap();
 }
 
+/// One small frame may ask for much work and a long answer. Of who does not read those, few are taken in.
+#[tokio::test]
+async fn acks_of_who_does_not_read_their_answers_are_not_taken_in() {
+    let (broker, client) =
+        broker_with(|config| config.http = Some(([127, 0, 0, 1], 0).into())).await;
+    let http = broker.broker().http_addr().unwrap();
+    let peer = Peer::new(&broker).windows(64 << 10, 8 << 20);
+    let raw = peer.welcomed(&broker).await;
+    let (_wire, opened) = raw.consumer("c").await;
+    let mut settlements = raw.settlements(&opened).await;
+    const FRAMES: u64 = 8;
+    for _ in 0..FRAMES {
+        let never_delivered = run(1 << 40, Delivery(1), SETTLE_OFFSETS_MAX as u32);
+        settlements.bytes(&acks(&[never_delivered])).await;
+    }
+    sleep(Duration::from_secs(1)).await;
+    let late = late_settlements(http).await;
+    let most = 2 * SETTLE_OFFSETS_MAX;
+    assert!((1..=most).contains(&late), "{late}");
+    let mut refused = 0;
+    loop {
+        let settled: Settled = settlements.expect(FrameType::Settled).await;
+        refused += settled.refused.len() as u64;
+        if settled.upto == FRAMES * SETTLE_OFFSETS_MAX {
+            break;
+        }
+    }
+    assert_eq!(refused, FRAMES * SETTLE_OFFSETS_MAX, "each in its turn");
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
+}
+
+async fn late_settlements(http: SocketAddr) -> u64 {
+    let (_, text) = get(http, "/metrics").await;
+    let name = "millpond_settlements_late_total ";
+    let value = text.lines().find_map(|line| line.strip_prefix(name));
+    value.unwrap().parse().unwrap()
+}
+
 #[tokio::test]
 async fn a_session_is_settled_by_nobody_who_does_not_have_its_token() {
     let (broker, client) = broker().await;
@@ -684,7 +727,7 @@ fn run(offset: u64, delivery: Delivery, run: u32) -> AckRun {
 }
 
 fn acks(runs: &[AckRun]) -> Bytes {
-    let mut out = bytes::BytesMut::new();
+    let mut out = BytesMut::new();
     encode_acks(runs, &mut out);
     out.freeze()
 }

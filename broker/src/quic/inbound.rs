@@ -16,7 +16,7 @@ use super::frames::{FrameReader, StreamError};
 use crate::memory::{Class, Permit, Share};
 
 /// Bytes of a frame's body up to which it is taken in without a permit.
-const FREE_BYTES: usize = 1 << 10;
+pub const FREE_BYTES: usize = 1 << 10;
 /// How long a frame may take to arrive once its memory is taken, when others want it: this, and a second
 /// for so many bytes.
 const ARRIVAL: Duration = Duration::from_millis(500);

@@ -84,6 +84,7 @@ pub(super) struct SettlePlan {
 impl SettlePlan {
     fn merge(self, refused: Vec<Refusal>) -> Output {
         let mut all = self.refused;
+        all.reserve_exact(refused.len());
         for Refusal {
             ordinal,
             code,

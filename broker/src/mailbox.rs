@@ -1,9 +1,9 @@
 //! What the shard answers to one stream, until its session takes it.
 //!
-//! Unbounded, because what is in it is bounded elsewhere: acknowledgements by a producer's credit,
-//! deliveries by a consumer's, settlements and responses by `UNANSWERED_MAX`. The runtime's own channel
-//! takes room for 32 values before the first is sent, and most streams are idle: an idle mailbox keeps
-//! room for none.
+//! Unbounded, because what is in it is bounded elsewhere: answers to a publish stream by
+//! `quic/producer/untold.rs`, deliveries by a consumer's credit, settlements by `quic/settlement.rs`,
+//! responses by `REQUESTS_MAX`. The runtime's own channel takes room for 32 values before the first is
+//! sent, and most streams are idle: an idle mailbox keeps room for none.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;

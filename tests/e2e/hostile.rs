@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use millpond_client::{Client, Error, ErrorCode, Message, StartAt};
 use millpond_protocol::WireError;
 use millpond_protocol::control::{
@@ -681,6 +681,51 @@ async fn late_settlements(http: SocketAddr) -> u64 {
     let name = "millpond_settlements_late_total ";
     let value = text.lines().find_map(|line| line.strip_prefix(name));
     value.unwrap().parse().unwrap()
+}
+
+/// Every producer within its credit, all of them together beyond what a stream may have untold.
+#[tokio::test]
+async fn publishes_of_who_does_not_read_the_answers_are_not_taken_in_for_ever() {
+    let (broker, client) = broker().await;
+    let peer = Peer::new(&broker).windows(1_024, 64 << 10);
+    let raw = peer.welcomed(&broker).await;
+    let (mut wire, _) = raw.producer().await;
+    let others: Vec<_> = (2..=8).map(ProducerHandle).collect();
+    for &other in &others {
+        wire.open_producer(other).await;
+    }
+    const EACH: u64 = 8_000;
+    let all = EACH * (1 + others.len() as u64);
+    let mut frames = BytesMut::new();
+    for n in 0..EACH {
+        for &handle in [FIRST].iter().chain(&others) {
+            frames.put_slice(&publish_of(handle, n, n + 1, &[Message::new("")]));
+        }
+    }
+    let mut left = frames.freeze();
+    while let Ok(written) = timeout(Duration::from_secs(2), wire.send.write(&left)).await {
+        left.advance(written.unwrap());
+        assert!(!left.is_empty(), "all {all} were taken in");
+    }
+    let taken = client.topic("orders").await.unwrap().next;
+    assert!(taken > Offset(16_384) && taken < Offset(all / 2), "{taken}");
+    // Once they are read, it goes on.
+    let (mut told, mut writing) = (0, left);
+    while told < all {
+        if writing.is_empty() {
+            told += u64::from(acked(&mut wire).await.1);
+            continue;
+        }
+        tokio::select! {
+            written = wire.send.write(&writing) => writing.advance(written.unwrap()),
+            () = sleep(Duration::from_millis(1)) => {
+                let acked = timeout(Duration::from_millis(100), acked(&mut wire)).await;
+                told += acked.map_or(0, |(_, count)| u64::from(count));
+            }
+        }
+    }
+    still_serves(&client).await;
+    broker.shutdown().await.unwrap();
 }
 
 #[tokio::test]

@@ -197,14 +197,11 @@ impl<S: Storage> Session<'_, S> {
         asked: &mut Asked,
         answer: Answer,
     ) -> Result<(), StreamError> {
-        let paid = self.pay(&answer).await?;
+        let _paid = self.pay(&answer).await?;
         let result = self.complete(answer, asked.secret.take()).await;
         let id = asked.id;
         let responding = self.respond(writer, ResponseFrame { id, result });
-        match paid {
-            None => responding.await,
-            Some(_paid) => self.in_time(responding).await,
-        }
+        self.in_time(responding).await
     }
 
     /// Memory for a page of bodies, and for the largest of them.
@@ -218,7 +215,7 @@ impl<S: Storage> Session<'_, S> {
         Ok(Some(permit.await?))
     }
 
-    /// While others wait for memory, an asker may not keep a page's by not reading it.
+    /// While others wait for memory, an asker may not keep an answer's by not reading it.
     async fn in_time(
         &self,
         responding: impl Future<Output = Result<(), StreamError>>,

@@ -3,13 +3,15 @@
 //! A publish is verified here, message by message, before the shard sees it. Memory for a frame is
 //! taken from the budget before it is read; while there is none the stream is not read, and QUIC's
 //! window slows the sender down. What is waited for is given back by the shard and never by this
-//! stream, so waiting ends.
+//! stream, so waiting ends. Of a client that does not read what it is told little is taken in either
+//! (`untold.rs`).
 //!
 //! Producers share the stream and nothing else: each has its own credit, and what one of them does
 //! wrong ends that one (`ProducerEnded`). Only bytes that are no frame, a handle that was never given
 //! out, and a frame that does not arrive end the stream, because what follows cannot be told apart.
 
 mod acknowledge;
+mod untold;
 
 use std::sync::Arc;
 
@@ -22,6 +24,7 @@ use millpond_wal::storage::Storage;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use self::untold::{Untold, answer_bytes};
 use super::both::both;
 use super::connection::Peer;
 use super::frames::{FrameReader, FrameWriter, StreamError};
@@ -78,6 +81,7 @@ async fn session<S: Storage>(
         own: own.clone(),
         members: Mutex::default(),
         opened: Notify::new(),
+        untold: Untold::default(),
     };
     let reading = session.read(reader, first);
     let writing = session.write(writer, &mut outputs);
@@ -93,12 +97,17 @@ struct Session<'a, S: Storage> {
     members: Mutex<Members>,
     /// The shard has answered an opening.
     opened: Notify,
+    untold: Untold,
 }
 
 impl<S: Storage> Session<'_, S> {
     async fn read(&self, mut reader: FrameReader, first: Frame) -> Result<(), StreamError> {
         self.open(&first).await?;
-        while let Some((kind, length)) = reader.header_of(&KINDS).await? {
+        loop {
+            self.may_read().await?;
+            let Some((kind, length)) = reader.header_of(&KINDS).await? else {
+                break;
+            };
             if kind == FrameType::Publish {
                 self.publish(&mut reader, length).await?;
                 continue;
@@ -127,6 +136,16 @@ impl<S: Storage> Session<'_, S> {
         }
     }
 
+    /// Waits while much has not been told, and takes memory for that.
+    async fn may_read(&self) -> Result<(), WireError> {
+        self.untold.few().await;
+        while self.untold.is_unpaid() {
+            let step = room(self.context, untold::STEP_BYTES, &self.peer.share);
+            self.untold.pay(Box::pin(step).await?);
+        }
+        Ok(())
+    }
+
     async fn open(&self, frame: &Frame) -> Result<(), StreamError> {
         let open: OpenProducer = frame.decode()?;
         let begun = self.members.lock().begin(&open)?;
@@ -139,6 +158,7 @@ impl<S: Storage> Session<'_, S> {
             open,
             owner: random_u64(),
         };
+        self.untold.owe(answer_bytes(0));
         Ok(self.context.shard.input(input).await?)
     }
 
@@ -202,6 +222,7 @@ impl<S: Storage> Session<'_, S> {
         publish: Publish,
         permit: Permit,
     ) -> Result<(), StreamError> {
+        self.untold.owe(answer_bytes(u64::from(publish.count)));
         let input = Input::Publish {
             stream: self.id,
             handle: publish.handle,
@@ -225,6 +246,7 @@ impl<S: Storage> Session<'_, S> {
     }
 
     fn tell_end(&self, handle: ProducerHandle, error: Option<WireError>) {
+        self.untold.owe(answer_bytes(0));
         // The writing side is there as long as the reading side.
         self.own.send(Output::ProducerEnded { handle, error });
     }

@@ -4,15 +4,17 @@
 //! go behind what was accepted before them.
 
 use bytes::{Bytes, BytesMut};
-use millpond_protocol::ProducerHandle;
 use millpond_protocol::control::{ProducerEnded, PublishRefused};
 use millpond_protocol::frame::{FrameError, FrameType, encode};
+use millpond_protocol::{ErrorCode, ProducerHandle};
 use millpond_wal::storage::Storage;
 
 use super::super::Pressure;
+use super::super::consumer::{DEPARTURE, STALLED_MAX, departs};
 use super::super::frames::{FrameWriter, StreamError};
 use super::super::members::{Members, Producer, Welcome};
 use super::Session;
+use super::untold::answer_bytes;
 use crate::mailbox::Mailbox;
 use crate::shard::io::Output;
 
@@ -55,12 +57,31 @@ impl<S: Storage> Session<'_, S> {
             round.put_acks(&mut self.members.lock());
             if !round.frames.is_empty() {
                 self.peer.windows.answers(round.frames.len());
-                writer.write(round.frames.split().freeze()).await?;
+                let frames = round.frames.split().freeze();
+                // Boxed, because an idle stream would keep the size of this.
+                Box::pin(self.write_in_time(writer, frames)).await?;
             }
+            self.untold.told(std::mem::take(&mut round.told));
             if let Some(error) = end {
                 return Err(error.into());
             }
         }
+    }
+
+    /// While others wait for memory, a peer may not keep that of its answers by not reading them.
+    async fn write_in_time(
+        &self,
+        writer: &mut FrameWriter,
+        frames: Bytes,
+    ) -> Result<(), StreamError> {
+        let writing = writer.write(frames);
+        let is_wanted = || self.context.memory.is_wanted(&self.peer.share);
+        if let Some(written) = departs(writing, DEPARTURE, STALLED_MAX, is_wanted).await {
+            return written;
+        }
+        writer.reset(ErrorCode::Memory);
+        let text = "it did not read in time what became of its publishes";
+        Err(StreamError::Gone(text.to_owned()))
     }
 
     async fn take(&self, output: Output, round: &mut Round) -> Result<(), StreamError> {
@@ -71,6 +92,7 @@ impl<S: Storage> Session<'_, S> {
                 messages,
                 bytes,
             } => {
+                round.told += answer_bytes(messages);
                 let mut members = self.members.lock();
                 if members.answered(handle, messages, bytes, rows) {
                     round.touched.push(handle);
@@ -84,6 +106,7 @@ impl<S: Storage> Session<'_, S> {
                 last_accepted,
                 error,
             } => {
+                round.told += answer_bytes(u64::from(count));
                 self.context.metrics.refused(error.code);
                 let refused = PublishRefused {
                     handle,
@@ -107,6 +130,7 @@ impl<S: Storage> Session<'_, S> {
                 last_sequence,
                 ..
             } => {
+                round.told += answer_bytes(0);
                 let of = Producer {
                     topic,
                     producer,
@@ -131,6 +155,7 @@ impl<S: Storage> Session<'_, S> {
                 self.opened.notify_one();
             }
             Output::ProducerEnded { handle, error } => {
+                round.told += answer_bytes(0);
                 let mut members = self.members.lock();
                 members.put_ack(handle, round.pressure, &mut round.frames);
                 members.forget(handle);
@@ -151,6 +176,8 @@ struct Round {
     /// Who has something to be told by an acknowledgement; perhaps more than once.
     touched: Vec<ProducerHandle>,
     frames: BytesMut,
+    /// What the answers among it took.
+    told: u64,
 }
 
 impl Round {

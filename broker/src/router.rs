@@ -76,7 +76,7 @@ impl<S: Storage> Router<S> {
         }
     }
 
-    /// Every control stream decides for itself whether the revoked token is its own.
+    /// Every stream decides for itself whether the revoked token is its own.
     fn revoke(&self, name: &str) {
         for sender in self.streams.values() {
             sender.send(Output::Revoked {

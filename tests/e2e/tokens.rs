@@ -1,11 +1,16 @@
 //! Tokens: who must show one, who may not any more.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use millpond_broker::{EmbeddedBroker, StartError};
-use millpond_client::{Client, Error, ErrorCode, TopicConfig};
+use millpond_client::{Client, Error, ErrorCode, Request, TopicConfig};
+use millpond_protocol::control::{Hello, RequestFrame};
+use millpond_protocol::frame::FrameType;
+use quinn::ConnectionError;
+use tokio::time::{sleep, timeout};
 
 use crate::common::{PATIENCE, builder};
+use crate::raw::{Peer, Wire, hello};
 
 #[tokio::test]
 async fn beyond_loopback_a_broker_without_a_token_does_not_start_and_says_what_to_do() {
@@ -118,6 +123,74 @@ async fn a_revoked_token_closes_its_connections_and_opens_none() {
     );
     admin.ping().await.unwrap();
     broker.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_connection_that_reads_no_answers_ends_when_its_token_is_revoked() {
+    let (broker, admin) = guarded().await;
+    let admin = with_token(&broker, &admin).await.unwrap();
+    let token = admin.new_token("worker").await.unwrap();
+    let connection = Peer::new(&broker)
+        .windows(128, 64 << 10)
+        .dial(&broker)
+        .await
+        .unwrap();
+    let mut control = Wire::open(&connection).await;
+    control.control(FrameType::Hello, &shown(&token)).await;
+    control.next_of(FrameType::Welcome).await;
+    for id in 0..8 {
+        let request = Request::Status;
+        let status = RequestFrame { id, request };
+        control.control(FrameType::Request, &status).await;
+    }
+    // The answers are longer than what it lets in.
+    sleep(Duration::from_millis(300)).await;
+    admin.revoke_token("worker").await.unwrap();
+    let closed = timeout(PATIENCE, connection.closed()).await;
+    assert_unauthorized(closed.expect("it must leave"));
+    broker.shutdown().await.unwrap();
+}
+
+/// Between the check of a token and the welcome, which a peer may hold up, nothing is missed.
+#[tokio::test]
+async fn a_token_that_is_revoked_before_its_connection_is_welcomed_closes_it_too() {
+    let (broker, admin) = guarded().await;
+    let admin = with_token(&broker, &admin).await.unwrap();
+    let token = admin.new_token("worker").await.unwrap();
+    let connection = Peer::new(&broker)
+        .windows(8, 64 << 10)
+        .dial(&broker)
+        .await
+        .unwrap();
+    let mut control = Wire::open(&connection).await;
+    control.control(FrameType::Hello, &shown(&token)).await;
+    sleep(Duration::from_millis(300)).await;
+    admin.revoke_token("worker").await.unwrap();
+    let reading = async {
+        while control.next().await.is_some() {}
+        std::future::pending::<()>().await;
+    };
+    let closed = tokio::select! {
+        closed = timeout(PATIENCE, connection.closed()) => closed,
+        () = reading => unreachable!("it never ends"),
+    };
+    assert_unauthorized(closed.expect("it must leave"));
+    broker.shutdown().await.unwrap();
+}
+
+fn assert_unauthorized(closed: ConnectionError) {
+    let ConnectionError::ApplicationClosed(close) = closed else {
+        panic!("{closed}");
+    };
+    let code = u16::from(ErrorCode::Unauthorized);
+    assert_eq!(u64::from(close.error_code), u64::from(code), "{close}");
+}
+
+fn shown(token: &str) -> Hello {
+    Hello {
+        token: Some(token.to_owned()),
+        ..hello(1, 1)
+    }
 }
 
 /// A broker on loopback that wants tokens, and its first.

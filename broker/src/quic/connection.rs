@@ -11,10 +11,11 @@ use millpond_protocol::limits::CONSUMER_NAME_BYTES_MAX;
 use millpond_protocol::{ErrorCode, VERSION_MAX, VERSION_MIN, WireError};
 use millpond_wal::storage::Storage;
 use quinn::{Connection, Incoming, RecvStream, SendStream};
-use tokio::time::timeout;
+use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::frames::{FrameReader, FrameWriter, StreamError, code};
-use super::{Context, consumer, control, producer, settlement};
+use super::{Context, Registered, consumer, control, producer, settlement};
 use crate::memory::{CONNECTION_BYTES, Loan, STREAM_BYTES, Share};
 use crate::shard::io::{Input, Output};
 use crate::transport::Windows;
@@ -30,6 +31,8 @@ const OPENING: [FrameType; 3] = [
 ];
 /// How long a closing connection may take to say what it has to say.
 const LINGER: Duration = Duration::from_millis(200);
+/// Why a connection is closed whose token was revoked.
+pub const REVOKED: &str = "the token of this connection was revoked";
 
 /// Who is at the other end of a connection.
 #[derive(Clone)]
@@ -90,14 +93,27 @@ async fn admitted<S: Storage>(
     context: Arc<Context<S>>,
     incoming: Incoming,
 ) -> Option<(Peer, Control)> {
-    let deadline = context.config.quic.handshake_deadline();
+    let deadline = Instant::now() + context.config.quic.handshake_deadline();
     let remote = incoming.remote_address();
     let _handshake = context.metrics.begin_handshake();
-    match timeout(deadline, welcome(&context, incoming)).await {
+    let connection = match timeout_at(deadline, incoming).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            tracing::debug!(%remote, %error, "connection refused");
+            return None;
+        }
+        Err(_) => {
+            tracing::debug!(%remote, "no handshake in time");
+            return None;
+        }
+    };
+    match timeout_at(deadline, welcome(&context, connection.clone())).await {
         Ok(Ok(welcomed)) => return Some(welcomed),
         Ok(Err(error)) => tracing::debug!(%remote, %error, "connection refused"),
         Err(_) => tracing::debug!(%remote, "connection not authenticated in time"),
     }
+    // Whoever watches over its token holds it as well.
+    connection.close(quinn::VarInt::from_u32(0), b"");
     None
 }
 
@@ -158,16 +174,15 @@ async fn end_with(
 
 type Control = (SendStream, FrameReader);
 
-/// TLS handshake, `Hello`, authentication, `Welcome`.
+/// `Hello`, authentication, `Welcome`.
 async fn welcome<S: Storage>(
-    context: &Context<S>,
-    incoming: Incoming,
+    context: &Arc<Context<S>>,
+    connection: Connection,
 ) -> Result<(Peer, Control), StreamError> {
     let gone = |error: quinn::ConnectionError| StreamError::Gone(error.to_string());
-    let connection = incoming.await.map_err(gone)?;
     let (send, recv) = connection.accept_bi().await.map_err(gone)?;
     let (mut writer, mut reader) = (FrameWriter::new(send), FrameReader::new(recv));
-    match greet(context, &mut reader).await {
+    match greet(context, &connection, &mut reader).await {
         Ok((hello, token)) => {
             transport::admit(&connection, &context.config.quic);
             let welcome = Welcome {
@@ -203,7 +218,8 @@ async fn welcome<S: Storage>(
 }
 
 async fn greet<S: Storage>(
-    context: &Context<S>,
+    context: &Arc<Context<S>>,
+    connection: &Connection,
     reader: &mut FrameReader,
 ) -> Result<(Hello, Option<String>), StreamError> {
     let frame = reader
@@ -221,13 +237,14 @@ async fn greet<S: Storage>(
         let text = format!("a client's name has at most {CONSUMER_NAME_BYTES_MAX} bytes");
         return Err(WireError::new(ErrorCode::Malformed, text).into());
     }
-    let token = authenticate(context, hello.token.as_deref()).await?;
+    let token = authenticate(context, connection, hello.token.as_deref()).await?;
     Ok((hello, token))
 }
 
 /// The name of the token that was shown; `None` where none is needed and none was shown.
 async fn authenticate<S: Storage>(
-    context: &Context<S>,
+    context: &Arc<Context<S>>,
+    connection: &Connection,
     shown: Option<&str>,
 ) -> Result<Option<String>, StreamError> {
     let refused = |text: &str| StreamError::Refused(WireError::new(ErrorCode::Unauthorized, text));
@@ -240,19 +257,62 @@ async fn authenticate<S: Storage>(
             Ok(None)
         };
     };
-    let mut registered = context.register().await?;
-    let input = Input::Authenticate {
-        stream: registered.id,
-        hash: token::hash(shown),
-    };
-    context.shard.input(input).await?;
-    let answer = registered.outputs.recv().await;
-    context.unregister(registered.id).await;
-    match answer {
-        Output::Authenticated { name: Some(name) } => Ok(Some(name)),
-        _ => Err(refused(
+    let (tell, told) = oneshot::channel();
+    let (context_too, connection) = (Arc::clone(context), connection.clone());
+    let watching = watch(context_too, connection, token::hash(shown), tell);
+    // A task of its own: whatever becomes of the handshake, it comes to its end.
+    context.tasks.spawn(watching);
+    match told.await {
+        Ok(Some(name)) => Ok(Some(name)),
+        Ok(None) => Err(refused(
             "the token is not known here; it may have been revoked",
         )),
+        // It is closed, or the broker stops.
+        Err(_) => Err(StreamError::Gone("its token was not looked up".to_owned())),
+    }
+}
+
+/// Tells whose token that is, and watches over it while its connection lasts: from the question on no
+/// revocation is missed, whatever the peer reads.
+async fn watch<S: Storage>(
+    context: Arc<Context<S>>,
+    connection: Connection,
+    hash: Option<[u8; 32]>,
+    tell: oneshot::Sender<Option<String>>,
+) {
+    let Ok(Registered {
+        id, mut outputs, ..
+    }) = context.register().await
+    else {
+        return;
+    };
+    let watching = async {
+        let input = Input::Authenticate { stream: id, hash };
+        context.shard.input(input).await.ok()?;
+        let name = loop {
+            if let Output::Authenticated { name } = outputs.recv().await {
+                break name;
+            }
+        };
+        // Whoever asked may have gone; then the connection is closed.
+        let _ = tell.send(name.clone());
+        let name = name?;
+        loop {
+            match outputs.recv().await {
+                Output::Revoked { token } if token == name => return Some(()),
+                _ => {}
+            }
+        }
+    };
+    let revoked = tokio::select! {
+        revoked = watching => revoked,
+        _ = connection.closed() => None,
+    };
+    context.unregister(id).await;
+    if revoked.is_some() {
+        // The control stream says why, and closes the connection, unless it is not read.
+        let _ = timeout(2 * LINGER, connection.closed()).await;
+        connection.close(code(ErrorCode::Unauthorized), REVOKED.as_bytes());
     }
 }
 

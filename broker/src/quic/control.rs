@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use super::both::both;
-use super::connection::Peer;
+use super::connection::{Peer, REVOKED};
 use super::consumer::{DEPARTURE, STALLED_MAX, departs};
 use super::frames::{FrameReader, FrameWriter, StreamError};
 use super::letters;
@@ -182,8 +182,7 @@ impl<S: Storage> Session<'_, S> {
                     Box::pin(self.answer(writer, &mut asked, *answer)).await?;
                 }
                 Output::Revoked { token } if self.peer.token.as_ref() == Some(&token) => {
-                    let text = "the token of this connection was revoked";
-                    return Err(WireError::new(ErrorCode::Unauthorized, text).into());
+                    return Err(WireError::new(ErrorCode::Unauthorized, REVOKED).into());
                 }
                 Output::End(error) => return Err(error.into()),
                 _ => {}

@@ -120,7 +120,9 @@ fn log_to_stderr(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr);
+        .with_writer(std::io::stderr)
+        // It would tell standard error that standard error fails, and panic over it.
+        .log_internal_errors(false);
     match format {
         LogFormat::Json => logs.json().init(),
         LogFormat::Text => {

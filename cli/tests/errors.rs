@@ -149,6 +149,16 @@ fn a_broker_that_cannot_start_says_why() {
 }
 
 #[test]
+fn a_broker_that_cannot_log_goes_on_serving() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let mut broker = Broker::logging_to(full);
+    broker.good("topic create orders");
+    broker.good("send orders a");
+    assert_eq!(broker.messages("orders"), [(0, "a".to_owned())]);
+    assert_eq!(broker.terminate(), Some(0));
+}
+
+#[test]
 fn the_log_tools_leave_a_running_broker_alone() {
     let broker = Broker::fresh();
     let run = broker.run(&format!("log verify {}", broker.data.display()));

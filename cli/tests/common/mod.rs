@@ -93,10 +93,23 @@ impl Broker {
         Self::of(folder)
     }
 
+    /// As `fresh`, with much to log and this for a standard error.
+    pub fn logging_to(stderr: impl Into<Stdio>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = serve_command(&folder.path().join("data"), "127.0.0.1:0");
+        command.env("RUST_LOG", "debug").stderr(stderr);
+        Self::started(folder, command)
+    }
+
     /// Starts one on the `data` in this folder, with the configuration file beside it.
     pub fn of(folder: TempDir) -> Self {
+        let command = configured(&folder.path().join("data"), "127.0.0.1:0");
+        Self::started(folder, command)
+    }
+
+    fn started(folder: TempDir, command: Command) -> Self {
         let data = folder.path().join("data");
-        let (child, ready) = serve(&data, "127.0.0.1:0");
+        let (child, ready) = serve(command);
         Self {
             child,
             listen: text(&ready["listen"]),
@@ -114,7 +127,7 @@ impl Broker {
 
     /// Starts it again on the same folder and address.
     pub fn restart(&mut self) {
-        let (child, ready) = serve(&self.data, &self.listen);
+        let (child, ready) = serve(configured(&self.data, &self.listen));
         self.child = child;
         self.http = text(&ready["http"]);
     }
@@ -214,13 +227,19 @@ pub fn serve_command(data: &Path, listen: &str) -> Command {
     command
 }
 
-fn serve(data: &Path, listen: &str) -> (Child, Value) {
+/// As `serve_command`, with the configuration file beside the folder, and its log among the test's.
+fn configured(data: &Path, listen: &str) -> Command {
     let mut command = serve_command(data, listen);
     let config = data.with_file_name(CONFIG);
     if config.exists() {
         command.arg("--config").arg(config);
     }
-    let mut child = command.stderr(Stdio::inherit()).spawn().unwrap();
+    command.stderr(Stdio::inherit());
+    command
+}
+
+fn serve(mut command: Command) -> (Child, Value) {
+    let mut child = command.spawn().unwrap();
     let mut line = String::new();
     let mut out = BufReader::new(child.stdout.take().unwrap());
     out.read_line(&mut line).unwrap();

@@ -88,7 +88,10 @@ pub async fn run(args: ServeArgs, global: &Global) -> Result<(), Failure> {
     if let Some(token) = broker.first_token() {
         output::note(format!("API token, shown only this once: {token}"));
     }
-    ready(&broker, &data, global.output)?;
+    if let Err(failure) = ready(&broker, &data, global.output) {
+        // Whoever waits for the line can ask `/ready`; clients need the broker, not the line.
+        tracing::warn!(%failure, "nobody could be told that the broker is ready");
+    }
     tokio::select! {
         error = broker.failed() => return Err(error.into()),
         stop = signals.asked() => tracing::info!(?stop, "shutting down"),

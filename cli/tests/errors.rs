@@ -6,8 +6,9 @@ mod common;
 use std::fs::File;
 use std::io::Write;
 use std::process::Stdio;
+use std::time::Instant;
 
-use common::{Broker, Running, millpond, run, serve_command, signal};
+use common::{Broker, Running, WAIT_MAX, millpond, run, serve_command, signal};
 use serde_json::{Value, json};
 
 #[test]
@@ -156,6 +157,22 @@ fn a_broker_that_cannot_log_goes_on_serving() {
     broker.good("send orders a");
     assert_eq!(broker.messages("orders"), [(0, "a".to_owned())]);
     assert_eq!(broker.terminate(), Some(0));
+}
+
+#[test]
+fn a_broker_that_cannot_say_that_it_is_ready_serves() {
+    let mut broker = Broker::fresh();
+    broker.kill();
+    let mut command = serve_command(&broker.data, &broker.listen);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    command.stdout(full);
+    let mut child = command.spawn().unwrap();
+    let deadline = Instant::now() + WAIT_MAX;
+    while broker.run("status").code != 0 && Instant::now() < deadline {}
+    let status = broker.run("status");
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(status.code, 0, "{status:?} {output:?}");
 }
 
 #[test]

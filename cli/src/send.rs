@@ -133,10 +133,13 @@ pub async fn run(args: SendArgs, global: &Global) -> Result<(), Failure> {
 
 fn finish(tally: &Tally, result: Result<(), Failure>, format: Format) -> Result<(), Failure> {
     let sent = tally.appended + tally.duplicates;
-    if result.is_ok() || sent > 0 {
-        tally.tell(format)?;
-    }
+    let told = match &result {
+        Err(_) if sent == 0 => Ok(()),
+        _ => tally.tell(format),
+    };
     match result {
+        // What became of the messages is more than what became of the counts.
+        Ok(()) => told,
         Err(cause) if sent > 0 && !matches!(cause, Failure::Stopped(_)) => Err(Failure::Partial {
             sent,
             cause: Box::new(cause),

@@ -92,6 +92,24 @@ fn a_message_of_100_mib_is_refused_and_what_came_before_it_counts() {
 }
 
 #[test]
+fn a_send_in_part_is_told_though_nobody_reads_the_counts() {
+    let broker = Broker::fresh();
+    broker.good("topic create orders");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("input");
+    let mut file = File::create(&path).unwrap();
+    file.write_all(b"small\n").unwrap();
+    file.write_all(&vec![b'x'; 17 << 20]).unwrap();
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = broker.command(&format!("send orders --file {}", path.display()));
+    command.stdout(writer);
+    let part = run(command);
+    assert_eq!(part.code, 5, "{part:?}");
+    assert!(part.err.contains("1 messages were sent"), "{part:?}");
+}
+
+#[test]
 fn a_broker_with_another_certificate_is_not_trusted() {
     let (broker, other) = (Broker::fresh(), Broker::fresh());
     let mut command = broker.command("status");

@@ -193,33 +193,41 @@ async fn list(
     limit: u64,
     format: Format,
 ) -> Result<(), Failure> {
-    let (mut from, mut left, mut pages) = (from, limit, 0_u64);
+    let (mut from, mut left) = (from, limit);
+    // A page without rows may have more behind it.
+    let mut begun = false;
     loop {
         let rows = u32::try_from(left).unwrap_or(u32::MAX).min(PAGE_ROWS_MAX);
         let page = client.dead_letters(topic, subscription, from, rows).await?;
         left = left.saturating_sub(page.letters.len() as u64);
         let last = !page.more || left == 0;
         match format {
-            Format::Json => page_json(&page.letters, pages == 0, last)?,
-            Format::Human if pages == 0 || !page.letters.is_empty() => table(&page.letters)?,
+            Format::Json => output::bytes(page_json(&page.letters, begun, last).as_bytes())?,
+            Format::Human if !page.letters.is_empty() || (last && !begun) => table(&page.letters)?,
             Format::Human => {}
         }
         if last {
             return Ok(());
         }
-        (from, pages) = (page.next, pages + 1);
+        begun |= !page.letters.is_empty();
+        from = page.next;
     }
 }
 
-/// One array over all pages.
-fn page_json(letters: &[DeadLetterView], first: bool, last: bool) -> Result<(), Failure> {
-    let rows: Vec<String> = letters.iter().map(|l| to_json(l).to_string()).collect();
-    let open = if first { "[" } else { "," };
-    let close = if last { "]\n" } else { "" };
-    if rows.is_empty() && !first {
-        return output::bytes(close.as_bytes());
+/// One array over all pages; `begun` once a letter of it is written.
+fn page_json(letters: &[DeadLetterView], mut begun: bool, last: bool) -> String {
+    let mut text = String::new();
+    for letter in letters {
+        text.push_str(if begun { ",\n" } else { "[" });
+        text.push_str(&to_json(letter).to_string());
+        begun = true;
     }
-    output::bytes(format!("{open}{}{close}", rows.join(",\n")).as_bytes())
+    match (last, begun) {
+        (true, true) => text.push_str("]\n"),
+        (true, false) => text.push_str("[]\n"),
+        (false, _) => {}
+    }
+    text
 }
 
 async fn find(
@@ -448,6 +456,20 @@ mod tests {
         assert_eq!(json["history"][0]["outcome"], "nack");
         assert_eq!(json["key"], Value::Null);
         assert_eq!(json["payload"], "hello");
+    }
+
+    #[test]
+    fn pages_make_one_array_whichever_of_them_are_empty() {
+        let page = |count| vec![letter(b"hello"); count];
+        for counts in [&[0][..], &[2], &[0, 1], &[1, 0, 2, 0], &[0, 0]] {
+            let (mut text, mut sum) = (String::new(), 0);
+            for (nth, &count) in counts.iter().enumerate() {
+                text += &page_json(&page(count), sum > 0, nth + 1 == counts.len());
+                sum += count;
+            }
+            let value: Value = serde_json::from_str(&text).unwrap();
+            assert_eq!(value.as_array().unwrap().len(), sum, "{text}");
+        }
     }
 
     #[test]

@@ -26,7 +26,8 @@ pub struct PeekArgs {
 /// Prints what is there; with JSON one object a line.
 pub async fn run(args: &PeekArgs, client: &Client, format: Format) -> Result<(), Failure> {
     let (mut from, mut left) = (Offset(args.offset), args.count);
-    let mut first = true;
+    // A page without rows may have more behind it.
+    let mut begun = false;
     while left > 0 {
         let rows = u32::try_from(left).unwrap_or(u32::MAX).min(PAGE_ROWS_MAX);
         let page = client.peek(&args.topic, from, rows).await?;
@@ -36,13 +37,16 @@ pub async fn run(args: &PeekArgs, client: &Client, format: Format) -> Result<(),
                 .messages
                 .iter()
                 .try_for_each(|message| output::json(&to_json(message)))?,
-            Format::Human if first || !page.messages.is_empty() => table(&page.messages)?,
+            Format::Human if !page.messages.is_empty() || !(page.more || begun) => {
+                table(&page.messages)?;
+            }
             Format::Human => {}
         }
         if !page.more {
             return Ok(());
         }
-        (from, first) = (page.next, false);
+        begun |= !page.messages.is_empty();
+        from = page.next;
     }
     Ok(())
 }

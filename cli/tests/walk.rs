@@ -71,6 +71,40 @@ fn a_failing_message_is_tried_ever_later_then_dead_then_redriven() {
 }
 
 #[test]
+fn what_stands_behind_many_gaps_is_shown_as_if_there_were_none() {
+    let broker = Broker::fresh();
+    let folder = tempfile::tempdir().unwrap();
+    let input = folder.path().join("input");
+    // More than a page of dead letters looks through.
+    let total = 10_001;
+    fs::write(&input, "x\n".repeat(total)).unwrap();
+    broker.good("topic create orders");
+    for name in ["work", "audit"] {
+        let shared = "--max-attempts 1 --dead-letter dead";
+        broker.good(&format!("subscription create orders {name} {shared}"));
+    }
+    broker.good(&format!("send orders --file {}", input.display()));
+    broker.good(&format!("receive orders work --nack --count {total}"));
+    broker.good("receive orders audit --nack --count 1");
+
+    let letters = broker.json("dead-letters list orders audit");
+    assert_eq!(letters.as_array().unwrap().len(), 1);
+    assert_eq!(letters[0]["offset"], total);
+    let table = broker.good("dead-letters list orders audit").out;
+    assert!(table.starts_with("OFFSET"), "{table}");
+
+    broker.good("dead-letters purge orders work --all");
+    let table = broker.good("peek dead").out;
+    assert!(table.starts_with("OFFSET"), "{table}");
+    broker.good("dead-letters purge orders audit --all");
+    assert_eq!(broker.good("peek dead").out, "no messages\n");
+    let none = broker.good("dead-letters list orders audit").out;
+    assert_eq!(none, "no dead letters\n");
+    let none = broker.json("dead-letters list orders audit");
+    assert_eq!(none, json!([]));
+}
+
+#[test]
 fn sending_the_same_file_twice_adds_only_what_is_missing() {
     let broker = Broker::fresh();
     let folder = tempfile::tempdir().unwrap();

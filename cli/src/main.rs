@@ -26,6 +26,7 @@ mod text;
 mod token;
 mod topic;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -40,7 +41,8 @@ fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => {
-            let format = wanted_format(std::env::args());
+            let told = |arg: OsString| arg.to_string_lossy().into_owned();
+            let format = wanted_format(std::env::args_os().map(told));
             return ExitCode::from(failure::report_usage(&error, format));
         }
     };

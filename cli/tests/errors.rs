@@ -3,8 +3,10 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write;
+use std::os::unix::ffi::OsStrExt;
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -49,6 +51,10 @@ fn a_wrong_command_line_is_told_apart_from_a_refusal() {
         assert_eq!(run.code, 2, "{line}: {run:?}");
         assert_ne!(run.err, "", "{line}");
     }
+    let mut command = broker.command("send orders");
+    command.arg(OsStr::from_bytes(b"\xff"));
+    let run = run(command);
+    assert_eq!(run.code, 2, "{run:?}");
 }
 
 #[test]

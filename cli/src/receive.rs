@@ -205,6 +205,22 @@ impl Pace {
             () = idle => Turn::Idle,
         }
     }
+
+    /// Waits for what has begun; once a signal asks for the end, no longer than `grace`.
+    async fn finish<T>(
+        &mut self,
+        begun: impl Future<Output = T>,
+        grace: Duration,
+    ) -> Result<T, Stop> {
+        let mut begun = std::pin::pin!(begun);
+        tokio::select! {
+            biased;
+            ended = &mut begun => Ok(ended),
+            stop = self.signals.asked() => {
+                tokio::time::timeout(grace, begun).await.map_err(|_| stop)
+            }
+        }
+    }
 }
 
 /// Most commands at once.
@@ -217,3 +233,25 @@ const PRINT_MESSAGES: usize = 256;
 const PRINT_BYTES: usize = 1 << 20;
 /// How long running commands may take after the end was asked for.
 const EXEC_GRACE: Duration = Duration::from_secs(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn what_has_begun_ends_within_its_grace_or_not_at_all() {
+        let mut pace = Pace {
+            signals: Signals::that_asked(Stop::Terminate),
+            left: 1,
+            timeout: None,
+            deadline: None,
+        };
+        let hangs = pace.finish(std::future::pending::<()>(), Duration::from_millis(1));
+        assert_eq!(hangs.await, Err(Stop::Terminate));
+        let ends = async {
+            tokio::task::yield_now().await;
+            7
+        };
+        assert_eq!(pace.finish(ends, EXEC_GRACE).await, Ok(7));
+    }
+}

@@ -66,6 +66,13 @@ impl Signals {
         }
     }
 
+    /// Signals of which one has come already.
+    #[cfg(test)]
+    pub fn that_asked(stop: Stop) -> Self {
+        let (_, asked) = watch::channel(Some(stop));
+        Self { asked }
+    }
+
     /// Which signal has asked for the end, if one has.
     #[must_use]
     pub fn now(&self) -> Option<Stop> {

@@ -3,7 +3,7 @@
 use millpond_client::{Client, Error, ErrorCode, StreamMessage};
 
 use super::seen::Seen;
-use super::{Ending, Pace, ReceiveArgs, Turn, stopped};
+use super::{EXEC_GRACE, Ending, Pace, ReceiveArgs, Turn, stopped};
 use crate::exec::{self, Ended};
 use crate::failure::Failure;
 use crate::moment;
@@ -39,8 +39,14 @@ pub async fn run(
             Turn::Stopped(stop) => break stopped(stop),
         };
         pace.took(1);
-        if let Err(failure) = handle(args, &message, format).await {
-            break Err(failure);
+        // A command that outlasts the grace is killed as it is dropped; its message comes again.
+        match pace
+            .finish(handle(args, &message, format), EXEC_GRACE)
+            .await
+        {
+            Ok(Ok(())) => {}
+            Ok(Err(failure)) => break Err(failure),
+            Err(stop) => break stopped(stop),
         }
         if ending != Ending::Release {
             let next = message.offset().next();

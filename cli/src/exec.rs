@@ -9,6 +9,7 @@ use std::io::{self, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -38,30 +39,71 @@ pub enum Ended {
     Badly { code: u32, reason: String },
 }
 
-/// Kills the command's process group unless it has been disarmed.
+/// The process groups of all commands that run. [`exit`] needs them, because it drops nothing; they
+/// are as many as the caller runs at once.
+static RUNNING: Mutex<Vec<Pid>> = Mutex::new(Vec::new());
+
+fn running() -> MutexGuard<'static, Vec<Pid>> {
+    RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Ends this process at once, and with it every command that it runs.
+pub fn exit(code: u8) -> ! {
+    // Held to the end, so that no other command begins.
+    let running = running();
+    for &group in running.iter() {
+        kill(group);
+    }
+    std::process::exit(i32::from(code))
+}
+
+/// The process group of a command that runs; killed when dropped.
 struct Group(Option<Pid>);
 
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(group) = self.0 {
-            // It may have ended by itself just now.
-            let _ = kill_process_group(group, Signal::KILL);
+impl Group {
+    /// Starts a command as the head of a group.
+    fn spawn(command: &mut Command) -> io::Result<(Child, Self)> {
+        let mut running = running();
+        let child = command.process_group(0).spawn()?;
+        let id = child.id().and_then(|id| i32::try_from(id).ok());
+        let group = id.and_then(Pid::from_raw);
+        running.extend(group);
+        Ok((child, Self(group)))
+    }
+
+    /// The command has ended; what it has left running goes on.
+    fn leave(mut self) {
+        if let Some(group) = self.0.take() {
+            running().retain(|&other| other != group);
         }
     }
 }
 
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(group) = self.0 {
+            kill(group);
+            running().retain(|&other| other != group);
+        }
+    }
+}
+
+fn kill(group: Pid) {
+    // It may have ended by itself just now.
+    let _ = kill_process_group(group, Signal::KILL);
+}
+
 /// Runs `command` by `sh -c` and waits for its end. Dropping the future kills the command.
 pub async fn run(command: &str, job: Job) -> Ended {
-    let spawned = Command::new("sh")
+    let mut shell = Command::new("sh");
+    shell
         .arg("-c")
         .arg(command)
         .envs(environment(&job))
         .stdin(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn();
-    match spawned {
-        Ok(child) => attend(child, job.payload).await,
+        .stderr(Stdio::piped());
+    match Group::spawn(&mut shell) {
+        Ok((child, group)) => attend(child, group, job.payload).await,
         Err(error) => Ended::Badly {
             code: 0,
             reason: format!("cannot run sh: {error}"),
@@ -69,9 +111,7 @@ pub async fn run(command: &str, job: Job) -> Ended {
     }
 }
 
-async fn attend(mut child: Child, payload: Bytes) -> Ended {
-    let id = child.id().and_then(|id| i32::try_from(id).ok());
-    let mut group = Group(id.and_then(Pid::from_raw));
+async fn attend(mut child: Child, group: Group, payload: Bytes) -> Ended {
     let (input, errors) = (child.stdin.take(), child.stderr.take());
     let mut last = LastLine::default();
     let status = {
@@ -97,7 +137,7 @@ async fn attend(mut child: Child, payload: Bytes) -> Ended {
         }
         status
     };
-    group.0 = None;
+    group.leave();
     ended(status, last)
 }
 

@@ -1,8 +1,10 @@
-//! Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends the process at once.
+//! Ctrl-C and SIGTERM: the first asks for an orderly end, the second ends the process at once,
+//! with every command that it runs.
 
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 
+use crate::exec;
 use crate::failure::Failure;
 
 /// Which signal asked for the end.
@@ -46,7 +48,7 @@ impl Signals {
                     _ = terminate.recv() => Stop::Terminate,
                 };
                 if ask.borrow().is_some() {
-                    std::process::exit(i32::from(stop.exit_code()));
+                    exec::exit(stop.exit_code());
                 }
                 ask.send_replace(Some(stop));
             }

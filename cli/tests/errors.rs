@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use common::{Broker, Running, WAIT_MAX, millpond, run, serve_command, signal};
 use serde_json::{Value, json};
@@ -253,4 +253,28 @@ fn a_worker_told_to_end_finishes_what_it_runs_and_hands_back_the_rest() {
     let left = broker.json("subscription show orders work");
     let counts = ["backlog", "ready", "in_flight", "scheduled"].map(|name| left[name].clone());
     assert_eq!(counts, [json!(2), json!(2), json!(0), json!(0)]);
+}
+
+#[test]
+fn a_second_interrupt_takes_the_commands_along() {
+    let broker = Broker::fresh();
+    broker.good("topic create orders");
+    broker.good("subscription create orders work");
+    broker.good("subscription create orders audit --mode stream");
+    broker.good("send orders a");
+    for subscription in ["work", "audit"] {
+        let mut command = broker.command(&format!("receive orders {subscription}"));
+        command.arg("--exec").arg("echo begun; sleep 60; true");
+        let mut worker = Running::start(command);
+        assert_eq!(worker.line().as_deref(), Some("begun"));
+        let begun = Instant::now();
+        // Two that come together count as one.
+        while worker.child.try_wait().unwrap().is_none() {
+            signal(worker.child.id(), "INT");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        // Its output ends when nobody is left who could write to it.
+        assert_eq!(worker.end(), (130, String::new()));
+        assert!(begun.elapsed() < WAIT_MAX, "{subscription}");
+    }
 }

@@ -126,8 +126,11 @@ pub async fn run(args: SendArgs, global: &Global) -> Result<(), Failure> {
     };
     let result = sending.all(lines, &mut signals).await;
     sending.progress.clear();
-    sending.producer.close().await;
-    client.close().await;
+    if sending.pending.is_empty() {
+        sending.producer.close().await;
+        client.close().await;
+    }
+    // Else the user wants to leave, and closing would wait for the same answers again.
     finish(&sending.tally, result, global.output)
 }
 
@@ -188,19 +191,23 @@ impl Sending {
                     receipt = self.producer.enqueue(message) => receipt?,
                 };
                 self.pending.push_back(receipt);
-                self.count_answers().await?;
+                self.count_answers(signals).await?;
             }
             self.progress.show(batch.input_bytes, &self.tally);
         }
     }
 
     /// Counts what has been answered, and waits while too many are pending.
-    async fn count_answers(&mut self) -> Result<(), Failure> {
+    async fn count_answers(&mut self, signals: &mut Signals) -> Result<(), Failure> {
         loop {
             let full = self.pending.len() >= PENDING_MAX;
             let answer = first(&mut self.pending);
             let answer = match full {
-                true => Some(answer.await),
+                true => tokio::select! {
+                    biased;
+                    stop = signals.asked() => return Err(Failure::Stopped(stop)),
+                    answer = answer => Some(answer),
+                },
                 false => answer.now_or_never(),
             };
             let Some(answer) = answer else {
@@ -212,9 +219,10 @@ impl Sending {
     }
 
     /// Waits for every answer; the first failure is the result, later messages are still counted.
-    async fn answers(&mut self, signals: &Signals) -> Result<(), Failure> {
+    /// When the user wants to leave, what is unanswered after a grace is not counted.
+    async fn answers(&mut self, signals: &mut Signals) -> Result<(), Failure> {
         let mut result = Ok(());
-        let grace = async {
+        let answered = async {
             while !self.pending.is_empty() {
                 let answer = first(&mut self.pending).await;
                 self.pending.pop_front();
@@ -226,13 +234,16 @@ impl Sending {
                 self.progress.show(0, &self.tally);
             }
         };
-        if signals.now().is_some() {
-            // The user wants to leave: what is unanswered by then is not counted.
-            let _ = tokio::time::timeout(STOP_GRACE, grace).await;
-        } else {
-            grace.await;
+        let grace = async {
+            let stop = signals.asked().await;
+            tokio::time::sleep(STOP_GRACE).await;
+            stop
+        };
+        tokio::select! {
+            biased;
+            () = answered => result,
+            stop = grace => result.and(Err(Failure::Stopped(stop))),
         }
-        result
     }
 }
 

@@ -74,10 +74,4 @@ impl Signals {
         let (_, asked) = watch::channel(Some(stop));
         Self { asked }
     }
-
-    /// Which signal has asked for the end, if one has.
-    #[must_use]
-    pub fn now(&self) -> Option<Stop> {
-        *self.asked.borrow()
-    }
 }

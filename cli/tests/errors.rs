@@ -278,3 +278,26 @@ fn a_second_interrupt_takes_the_commands_along() {
         assert!(begun.elapsed() < WAIT_MAX, "{subscription}");
     }
 }
+
+#[test]
+fn a_send_told_to_end_does_not_wait_for_a_broker_that_hangs() {
+    let broker = Broker::fresh();
+    broker.good("topic create orders");
+    let mut command = broker.command("send orders -");
+    command.stdin(Stdio::piped());
+    let mut sender = Running::start(command);
+    let mut input = sender.child.stdin.take().unwrap();
+    input.write_all(b"a\n").unwrap();
+    broker.wait_for_offset("orders", 0);
+    signal(broker.pid(), "STOP");
+    input.write_all(b"b\n").unwrap();
+    drop(input);
+    // Time to read the end; all that is left is to wait for the answer.
+    std::thread::sleep(Duration::from_secs(1));
+    signal(sender.child.id(), "INT");
+    let asked = Instant::now();
+    let (code, out) = sender.end();
+    assert_eq!(code, 130, "{out}");
+    assert!(out.starts_with("appended 1,"), "{out}");
+    assert!(asked.elapsed() < Duration::from_secs(10));
+}

@@ -7,7 +7,7 @@ use millpond_client::Client;
 use millpond_protocol::control::{
     DeadFilter, DeadLetterView, DeadReason, HistoryView, RedriveTarget, RedriveView,
 };
-use millpond_protocol::limits::PAGE_ROWS_MAX;
+use millpond_protocol::limits::{CONSUMER_NAME_BYTES_MAX, PAGE_ROWS_MAX};
 use millpond_protocol::{MessageView, Offset};
 use serde_json::{Map, Value, json};
 
@@ -344,6 +344,15 @@ fn payload(message: &[u8], most: usize) -> String {
 }
 
 fn show(letter: &DeadLetterView) -> Result<(), Failure> {
+    output::facts(&facts(letter))?;
+    if letter.history.is_empty() {
+        return Ok(());
+    }
+    output::line("")?;
+    history_table(&letter.history)
+}
+
+fn facts(letter: &DeadLetterView) -> Vec<(&'static str, String)> {
     let source = format!("{} offset {}", letter.source_topic, letter.source_offset);
     let mut facts = vec![
         ("offset", letter.offset.to_string()),
@@ -362,7 +371,7 @@ fn show(letter: &DeadLetterView) -> Result<(), Failure> {
         facts.push(("first attempt", moment::rfc3339(at)));
     }
     facts.push(("dead", moment::rfc3339(letter.dead_at)));
-    facts.push(("consumer", letter.consumer.clone()));
+    facts.push(("consumer", consumer(&letter.consumer)));
     if let Ok((view, _)) = MessageView::split(&letter.message) {
         facts.push(("key", text::short(view.key(), 1_024)));
         for (name, value) in view.headers().flatten() {
@@ -375,12 +384,7 @@ fn show(letter: &DeadLetterView) -> Result<(), Failure> {
         }
     }
     facts.push(("payload", payload(&letter.message, 1_024)));
-    output::facts(&facts)?;
-    if letter.history.is_empty() {
-        return Ok(());
-    }
-    output::line("")?;
-    history_table(&letter.history)
+    facts
 }
 
 fn history_table(history: &[HistoryView]) -> Result<(), Failure> {
@@ -391,16 +395,22 @@ fn history_table(history: &[HistoryView]) -> Result<(), Failure> {
         Column::Right("CODE"),
         Column::Left("CONSUMER"),
     ];
-    let row = |item: &HistoryView| {
-        vec![
-            moment::rfc3339(item.at),
-            format_ms(item.duration_ms),
-            item.outcome.clone(),
-            item.code.to_string(),
-            item.consumer.clone(),
-        ]
-    };
-    output::table(&columns, history.iter().map(row), "no failures")
+    output::table(&columns, history.iter().map(history_row), "no failures")
+}
+
+fn history_row(item: &HistoryView) -> Vec<String> {
+    vec![
+        moment::rfc3339(item.at),
+        format_ms(item.duration_ms),
+        item.outcome.clone(),
+        item.code.to_string(),
+        consumer(&item.consumer),
+    ]
+}
+
+/// A consumer's name, which is any text that its client chose.
+fn consumer(name: &str) -> String {
+    text::short(name.as_bytes(), CONSUMER_NAME_BYTES_MAX)
 }
 
 /// How often a redrive that is waited for is asked about.
@@ -478,6 +488,17 @@ mod tests {
         damaged.message = Bytes::new();
         assert_eq!(to_json(&damaged)["payload"], Value::Null);
         assert_eq!(payload(&damaged.message, 9), "(damaged)");
+    }
+
+    #[test]
+    fn a_consumers_name_cannot_steer_the_terminal() {
+        let mut letter = letter(b"hello");
+        letter.consumer = "c\x1b[2J".into();
+        letter.history[0].consumer.clone_from(&letter.consumer);
+        let facts = facts(&letter).into_iter().map(|(_, value)| value);
+        let shown: Vec<String> = facts.chain(history_row(&letter.history[0])).collect();
+        assert_eq!(shown.iter().filter(|text| *text == "c [2J").count(), 2);
+        assert!(!shown.concat().contains(char::is_control), "{shown:?}");
     }
 
     #[test]

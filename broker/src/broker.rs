@@ -363,6 +363,7 @@ fn first_token(
             })?;
             Ok(Some(text))
         }
+        _ if config.require_tokens == Some(true) && !have_some => Err(StartError::NoRequiredToken),
         _ if config.tokens_required() && !have_some => Err(StartError::NoToken {
             listen: config.listen,
         }),

@@ -96,6 +96,12 @@ pub enum StartError {
     NoToken { listen: SocketAddr },
 
     #[error(
+        "`require_tokens` is true and there is no token: start once with `--first-token NAME`, \
+         which prints a new token"
+    )]
+    NoRequiredToken,
+
+    #[error(
         "the store in {} is damaged: {problem}; run `millpond log verify {}` to see what is \
          affected",
         path.display(),

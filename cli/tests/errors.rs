@@ -158,6 +158,17 @@ fn a_broker_that_cannot_start_says_why() {
     assert_eq!(taken.code, 1, "{taken:?}");
     assert!(taken.err.contains("--listen"), "{taken:?}");
 
+    let closed = run({
+        let path = folder.path().join("closed.toml");
+        std::fs::write(&path, "require_tokens = true\n").unwrap();
+        let mut command = serve_command(&folder.path().join("closed"), "127.0.0.1:0");
+        command.arg("--config").arg(path);
+        command
+    });
+    assert_eq!(closed.code, 1, "{closed:?}");
+    let told = closed.err.contains("require_tokens") && closed.err.contains("--first-token");
+    assert!(told && !closed.err.contains("others"), "{closed:?}");
+
     let unwritable = run(serve_command("/proc/millpond".as_ref(), "127.0.0.1:0"));
     assert_eq!(unwritable.code, 1, "{unwritable:?}");
     assert!(unwritable.err.contains("/proc/millpond"), "{unwritable:?}");

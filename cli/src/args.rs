@@ -100,7 +100,8 @@ Exit codes:
   3    the broker cannot be reached, is too busy, or did not answer: try again later
   4    damage was found
   5    only a part of the messages was sent; the output says how many
-  130  ended by Ctrl-C
+  130  ended by Ctrl-C; `serve` ends in order, with 0
+  143  ended by SIGTERM; `serve` and `receive` end in order, with 0
 
 Durations are written 500ms, 10s, 5m, 2h30m; sizes 4096, 10MiB, 1.5GB; times
 2026-01-31T09:30:00Z or `10m ago`.";

@@ -15,7 +15,9 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::error::{ErrorCode, WireError};
-use crate::limits::{CONTROL_BYTES_MAX, FRAME_BYTES_MAX, PUBLISH_BYTES_MAX, RESPONSE_BYTES_MAX};
+use crate::limits::{
+    CONTROL_BYTES_MAX, FRAME_BYTES_MAX, LEASES_BYTES_MAX, PUBLISH_BYTES_MAX, RESPONSE_BYTES_MAX,
+};
 
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 8;
@@ -235,6 +237,7 @@ pub const fn body_bytes_max(kind: FrameType) -> usize {
         FrameType::Hello | FrameType::OpenProducer | FrameType::OpenSettlements => 4096,
         FrameType::OpenConsumer => 16 << 10,
         FrameType::Response => RESPONSE_BYTES_MAX,
+        FrameType::ConsumerOpened | FrameType::ConsumerNotice => LEASES_BYTES_MAX,
         _ => CONTROL_BYTES_MAX,
     }
 }
@@ -242,6 +245,9 @@ pub const fn body_bytes_max(kind: FrameType) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::{ConsumerNotice, ConsumerOpened, LeaseName, LostReason};
+    use crate::limits::MAX_IN_FLIGHT_MAX;
+    use crate::{Delivery, Offset, SessionId, SubscriptionId, SubscriptionMode, TopicId};
     use proptest::prelude::*;
 
     #[test]
@@ -273,6 +279,30 @@ mod tests {
                 "{kind:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_session_with_as_many_leases_as_there_may_be_is_resumed_and_told_that_they_are_lost() {
+        let longest = LeaseName {
+            offset: Offset(u64::MAX),
+            delivery: Delivery(u32::MAX),
+        };
+        let leases = vec![longest; MAX_IN_FLIGHT_MAX as usize];
+        let opened = ConsumerOpened {
+            session: SessionId(u64::MAX),
+            token: u64::MAX,
+            topic: TopicId(u32::MAX),
+            subscription: SubscriptionId(u32::MAX),
+            mode: SubscriptionMode::Queue,
+            lease_ms: u64::MAX,
+            leases: leases.clone(),
+            resumed: true,
+            position: Offset(u64::MAX),
+        };
+        encode(FrameType::ConsumerOpened, &opened).unwrap();
+        let reason = LostReason::Purged;
+        let lost = ConsumerNotice::LeasesLost { leases, reason };
+        encode(FrameType::ConsumerNotice, &lost).unwrap();
     }
 
     #[test]

@@ -51,6 +51,8 @@ pub const PRODUCER_ID_BYTES_MAX: usize = 200;
 pub const CONSUMER_NAME_BYTES_MAX: usize = 200;
 /// Most messages of a subscription that may be leased at once.
 pub const MAX_IN_FLIGHT_MAX: u32 = 1_000_000;
+/// Longest body of a frame that tells a consumer of its leases, in bytes: each is a name of at most 15.
+pub const LEASES_BYTES_MAX: usize = 15 * MAX_IN_FLIGHT_MAX as usize + (64 << 10);
 /// Longest reason of a nack or reject, in bytes; the client cuts longer ones at a character boundary.
 pub const REASON_BYTES_MAX: usize = 1024;
 /// Longest delay of a publish or a nack, in milliseconds (30 days).

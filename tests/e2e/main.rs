@@ -5,6 +5,7 @@
 mod attack;
 mod common;
 mod crowd;
+mod damaged;
 mod dead_letters;
 mod health;
 mod hostile;

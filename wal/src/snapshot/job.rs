@@ -96,7 +96,7 @@ impl<S: Storage> SnapshotJob<S> {
     }
 
     /// Writes the file and returns when it and its name are durable. After an error nothing of it
-    /// counts, and what it left is replaced by the next job of this number.
+    /// counts, and its file is gone: on a full disk each job that is tried would else leave another.
     pub fn run(self) -> Result<SnapshotDone, SnapshotError> {
         if let Some(bytes) = self.dirty.values().map(Bytes::len).max()
             && bytes > CHUNK_BYTES_MAX
@@ -104,16 +104,23 @@ impl<S: Storage> SnapshotJob<S> {
             return Err(SnapshotError::ChunkTooLarge { bytes });
         }
         let name = file_name(self.number);
+        self.write(&name).inspect_err(|_| {
+            // Best effort: the next opening deletes what the manifest does not name.
+            let _ = self.storage.remove(&name);
+        })
+    }
+
+    fn write(&self, name: &str) -> Result<SnapshotDone, SnapshotError> {
         let io = |what| {
-            let file = name.clone();
+            let file = name.to_owned();
             move |source| SnapshotError::Io { what, file, source }
         };
         let plan = self.plan();
-        match self.storage.remove(&name) {
+        match self.storage.remove(name) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(io("replace")(e)),
             _ => {}
         }
-        let file = self.storage.create(&name).map_err(io("create"))?;
+        let file = self.storage.create(name).map_err(io("create"))?;
         file.preallocate(plan.file_bytes_max())
             .map_err(io("preallocate"))?;
         let mut writer = Writer::new(&file, &self.pool);

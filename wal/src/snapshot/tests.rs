@@ -396,6 +396,7 @@ fn every_failed_call_is_an_error_and_harms_nothing() {
             let failed = second_job(&storage, &first).run().map(drop);
             let e = failed.expect_err("planned");
             assert!(matches!(e, SnapshotError::Io { .. }), "{call:?}: {e}");
+            assert_eq!(storage.list().unwrap(), [file_name(1)], "{call:?}");
             storage.crash();
             open(&storage, 1).unwrap().verify().unwrap();
         }

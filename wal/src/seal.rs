@@ -94,7 +94,8 @@ impl<S: Storage> SealJob<S> {
             uuid: self.ended.segment.uuid,
             first: self.ended.segment.first,
             last: self.ended.last,
-            entries_end: self.ended.entries_end,
+            // A file that was cut within a block ends there, if the loss was accepted.
+            entries_end: self.ended.entries_end.next_multiple_of(BLOCK_BYTES as u64),
             entries: table.spots.len() as u64,
             records: self.ended.records,
             rows: table.rows as u64,

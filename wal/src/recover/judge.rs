@@ -455,13 +455,16 @@ fn has(scan: &Scan, index: LogIndex) -> bool {
         .is_ok()
 }
 
-/// Behind entry `last`; if it is damaged, behind every byte that may belong to it.
+/// Behind entry `last`; if it is damaged, behind every block that may belong to it.
 fn end_at(scan: &Scan, last: LogIndex) -> u64 {
     let behind = scan.spots.partition_point(|spot| spot.index <= last);
     match behind.checked_sub(1).and_then(|at| scan.spots.get(at)) {
         Some(spot) if spot.index == last => spot.position() + spot.bytes() as u64,
         None if last.next() == scan.run_next => scan.run_end,
-        _ => scan.spots.get(behind).map_or(scan.used_end, Spot::position),
+        _ => match scan.spots.get(behind) {
+            Some(spot) => spot.position(),
+            None => scan.used_end.next_multiple_of(BLOCK_BYTES as u64),
+        },
     }
 }
 

@@ -6,7 +6,7 @@ use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::{Storage, StorageFile};
 use millpond_wal::{
     ChunkId, Defect, Dumped, Harm, IndexRange, Log, LogError, LogIndex, ReadError, ReplayEnd,
-    Wrong, dump, salvage_accept_loss, verify,
+    Stage, Wrong, dump, salvage_accept_loss, verify,
 };
 
 use crate::support::{TOPIC, append, expect_record, files, open, options, place, reopen};
@@ -300,6 +300,25 @@ fn a_segment_that_lost_its_end_is_damage_unless_zeros_follow_what_is_left() {
             assert_eq!(end, ReplayEnd::Healthy, "{bytes} bytes");
             assert!(opened.log.report().torn.is_empty());
         }
+    }
+}
+
+#[test]
+fn a_segment_that_was_cut_within_a_block_is_sealed_once_the_loss_is_accepted() {
+    for bytes in [3 * BLOCK + 1, 3 * BLOCK + 50, 3 * BLOCK + 1000] {
+        let (storage, segment) = died_with(5);
+        storage.open(&segment).unwrap().set_len(bytes).unwrap();
+        let lost = range(3, 3);
+        assert_eq!(salvage_accept_loss(&storage, &options()).unwrap(), [lost]);
+        let (mut log, replayed) = open(&storage);
+        assert_eq!(replayed.len(), 2);
+        assert_eq!(log.segments()[0].stage, Stage::Sealed);
+        assert_eq!(append(&mut log, 1, BYTES).unwrap().index, LogIndex(4));
+        log.close().unwrap();
+        assert_eq!(verify(&storage).unwrap().harm(), Harm::None);
+        let (log, replayed) = open(&storage);
+        assert_eq!(replayed.len(), 3);
+        expect_record(&log.reader(), place(2, 0), BYTES);
     }
 }
 

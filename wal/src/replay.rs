@@ -99,15 +99,16 @@ impl<S: Storage> Log<S> {
             return Ok(ReplayEnd::Healthy);
         }
         let mut segments: Vec<_> = self.tables.read().iter().filter_map(Held::pin).collect();
-        segments.retain(|segment| segment.last() > self.applied);
+        // Of an open one the last entries may be lost, or all.
+        segments.retain(|segment| segment.last() > self.applied || segment.open_table().is_some());
+        let mut unread = 0;
         for segment in segments {
-            if let Some(range) = self.replay_segment(&segment, &mut apply)? {
+            if let Some(range) = self.replay_segment(&segment, &mut unread, &mut apply)? {
                 self.health = Health::Damaged(range);
                 return Ok(ReplayEnd::Damaged { range });
             }
         }
-        let missing = self.durable.0.saturating_sub(self.applied.0);
-        let bytes_max = missing.saturating_mul(self.options.entry_bytes_max as u64);
+        let bytes_max = self.entries_bytes_max(self.durable).max(unread);
         if let Some(range) = self.gap_to(self.durable.next(), bytes_max, &mut apply)? {
             self.health = Health::Damaged(range);
             return Ok(ReplayEnd::Damaged { range });
@@ -121,11 +122,21 @@ impl<S: Storage> Log<S> {
         Ok(ReplayEnd::Healthy)
     }
 
+    /// `unread` are the bytes behind the last entry that can be found in an open segment, where others may have
+    /// stood: of the segment before this one, and then of this one.
     fn replay_segment<E>(
         &mut self,
         segment: &Segment<S::File>,
+        unread: &mut u64,
         apply: &mut impl FnMut(Replayed<'_>, &mut RowSink<'_, S::File>) -> Result<(), E>,
     ) -> Result<Option<IndexRange>, ReplayError<E>> {
+        let bytes_max = match std::mem::take(unread) {
+            0 => self.entries_bytes_max(segment.first.previous()),
+            unread => unread,
+        };
+        if let Some(range) = self.gap_to(segment.first, bytes_max, apply)? {
+            return Ok(Some(range));
+        }
         // What was cleaned away was applied once, and cannot be again.
         let spots = match segment.contents {
             Contents::Sparse => Err(ReadError::Damaged(segment.range())),
@@ -164,6 +175,10 @@ impl<S: Storage> Log<S> {
             self.applied = spot.index;
         }
         let behind = self.file_bytes(segment).saturating_sub(end);
+        if segment.open_table().is_some() {
+            *unread = behind;
+            return Ok(None);
+        }
         self.gap_to(segment.last().next(), behind, apply)
     }
 
@@ -206,12 +221,20 @@ impl<S: Storage> Log<S> {
     fn file_bytes(&self, segment: &Segment<S::File>) -> u64 {
         let named = self.manifest.state().segments.get(&segment.id);
         match named.map(|named| named.end) {
-            Some(SegmentEnd::Open { file_bytes } | SegmentEnd::Sealed { file_bytes, .. }) => {
-                file_bytes
+            Some(SegmentEnd::Open { file_bytes }) => file_bytes,
+            // Shorter than it was, if a start has given its end up.
+            Some(SegmentEnd::Sealed { file_bytes, .. }) => {
+                file_bytes.max(self.options.segment_bytes)
             }
-            Some(SegmentEnd::Cut(cut)) => cut.entries_end,
+            Some(SegmentEnd::Cut(cut)) => cut.entries_end.max(self.options.segment_bytes),
             None => self.options.segment_bytes,
         }
+    }
+
+    /// At least the bytes of the entries that are not applied, up to `last`.
+    fn entries_bytes_max(&self, last: LogIndex) -> u64 {
+        let missing = last.0.saturating_sub(self.applied.0);
+        missing.saturating_mul(self.options.entry_bytes_max as u64)
     }
 
     /// Steps over skipped entries before `next`, which had at most so many bytes; the range that is missing,

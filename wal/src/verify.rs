@@ -407,7 +407,8 @@ impl<F: StorageFile> Inspected<F> {
     fn losses(&self, state: &State) -> Result<Vec<IndexRange>, OpenError> {
         let mut lost = Vec::new();
         for segment in self.judged.tables.iter() {
-            if segment.last() <= self.replay_from {
+            // An open one may have lost its last entries, or all.
+            if segment.last() <= self.replay_from && segment.open_table().is_none() {
                 continue;
             }
             if let Body::Lost { .. } = segment.body {

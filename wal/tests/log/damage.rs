@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::{Storage, StorageFile};
 use millpond_wal::{
-    ChunkId, Defect, Dumped, Harm, IndexRange, Log, LogError, LogIndex, ReadError, ReplayEnd,
-    Stage, Wrong, dump, salvage_accept_loss, verify,
+    ChunkId, Defect, Dumped, Harm, IndexRange, Log, LogError, LogIndex, Options, ReadError,
+    ReplayEnd, Replayed, Stage, Wrong, dump, salvage_accept_loss, verify,
 };
 
 use crate::support::{TOPIC, append, expect_record, files, open, options, place, reopen};
@@ -322,6 +322,73 @@ fn a_segment_that_was_cut_within_a_block_is_sealed_once_the_loss_is_accepted() {
     }
 }
 
+/// The losses that a start tells, with the bytes that they had at most.
+fn told_losses(storage: &SimStorage, options: Options) -> Vec<(IndexRange, u64)> {
+    let mut told = Vec::new();
+    let mut opened = Log::open(storage.clone(), options).unwrap();
+    let end = opened.log.replay(|step, _| {
+        if let Replayed::Lost(lost) = step {
+            told.push((lost.range, lost.bytes_max));
+        }
+        Ok::<(), std::convert::Infallible>(())
+    });
+    assert_eq!(end.unwrap(), ReplayEnd::Healthy);
+    told
+}
+
+#[test]
+fn a_lost_end_of_a_segment_had_at_most_what_stood_behind_it() {
+    for left in [1, 3] {
+        let (storage, _) = died_with(20);
+        let segment = files(&storage, "seg-").remove(0);
+        storage.open(&segment).unwrap().set_len(at(left)).unwrap();
+        let lost = salvage_accept_loss(&storage, &options()).unwrap()[0];
+        assert_eq!(lost.first, LogIndex(left));
+        let entries = lost.last.0 - lost.first.0 + 1;
+        assert!(entries > 3);
+        for start in 1..=2 {
+            let told = told_losses(&storage, options());
+            assert_eq!(told.len(), 1, "{told:?}");
+            assert_eq!(told[0].0, lost);
+            assert!(told[0].1 >= entries * BLOCK, "start {start}: {told:?}");
+        }
+    }
+}
+
+#[test]
+fn a_lost_end_of_the_last_segment_had_at_most_what_stood_behind_it() {
+    let options = Options {
+        entry_bytes_max: 2 * BLOCK as usize,
+        ..options()
+    };
+    let (storage, segment) = died_with(6);
+    storage.open(&segment).unwrap().set_len(at(2)).unwrap();
+    // How many there were nobody knows any more.
+    let lost = range(2, 2);
+    assert_eq!(salvage_accept_loss(&storage, &options).unwrap(), [lost]);
+    for start in 1..=2 {
+        let told = told_losses(&storage, options.clone());
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert_eq!(told[0].0, lost);
+        assert!(told[0].1 >= 5 * BLOCK, "start {start}: {told:?}");
+    }
+}
+
+#[test]
+fn a_lost_end_before_a_lost_segment_is_told_too() {
+    let (storage, _) = died_with(20);
+    let segments = files(&storage, "seg-");
+    storage.open(&segments[0]).unwrap().set_len(at(3)).unwrap();
+    storage.remove(&segments[1]).unwrap();
+    let lost = salvage_accept_loss(&storage, &options()).unwrap();
+    assert_eq!(lost.len(), 2, "{lost:?}");
+    let told = told_losses(&storage, options());
+    let ranges: Vec<_> = told.iter().map(|(range, _)| *range).collect();
+    assert_eq!(ranges, lost);
+    let entries = lost[0].last.0 - lost[0].first.0 + 1;
+    assert!(told[0].1 >= entries * BLOCK, "{told:?}");
+}
+
 #[test]
 fn what_a_newer_version_wrote_is_refused_before_a_byte_is_written() {
     use millpond_wal::OpenError;
@@ -343,7 +410,7 @@ fn what_a_newer_version_wrote_is_refused_before_a_byte_is_written() {
 
 #[test]
 fn an_error_of_apply_leaves_the_folder_as_it_was() {
-    use millpond_wal::{ReplayError, Replayed};
+    use millpond_wal::ReplayError;
     let (storage, segment) = died_with(5);
     storage.corrupt(&segment, at(5) + 500, 8).unwrap();
     let before = contents(&storage);

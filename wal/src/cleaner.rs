@@ -108,10 +108,16 @@ impl<S: Storage> Log<S> {
                 return Ok(0);
             }
         };
-        let old = self.covered_segment(new.id)?;
-        if old.generation + 1 != new.generation {
-            return Err(LogError::Outdated(new.id));
-        }
+        let old = match self.covered_segment(new.id) {
+            Ok(old) if old.generation + 1 == new.generation => old,
+            Ok(old) if old.name == new.name => return Err(LogError::Outdated(new.id)),
+            overtaken => {
+                let error = overtaken.err().unwrap_or(LogError::Outdated(new.id));
+                // Its file goes with the next job that deletes some.
+                self.retirement.hold(new).retire();
+                return Err(error);
+            }
+        };
         let bytes = |segment: &Segment<S::File>| {
             segment
                 .sealed()

@@ -54,7 +54,8 @@ fn live_records_keep_their_place_in_a_cleaned_segment() {
 
 #[test]
 fn a_plan_is_outdated_once_the_segment_was_cleaned() {
-    let (mut log, _) = open(&SimStorage::new(1));
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
     for _ in 0..12 {
         append(&mut log, 1, BYTES).unwrap();
     }
@@ -83,7 +84,27 @@ fn a_plan_is_outdated_once_the_segment_was_cleaned() {
         log.install_cleaned(stale),
         Err(LogError::Outdated(_))
     ));
+    log.unlink_job().unwrap().run();
+    assert_eq!(files(&storage, "seg-").len(), log.segments().len());
     expect_record(&log.reader(), place(10, 0), BYTES);
+}
+
+#[test]
+fn a_cleaning_of_a_segment_that_is_removed_meanwhile_leaves_no_file() {
+    let storage = SimStorage::new(1);
+    let (mut log, _) = open(&storage);
+    for _ in 0..12 {
+        append(&mut log, 1, BYTES).unwrap();
+    }
+    cover(&mut log);
+    let id = log.segments()[0].id;
+    let live = |row: &millpond_wal::Row| row.place.index > LogIndex(5);
+    let done = log.clean_plan(id, [], live).unwrap().run().unwrap();
+    log.remove_segments(&[id]).unwrap();
+    let overtaken = log.install_cleaned(done).map(drop);
+    assert!(matches!(overtaken, Err(LogError::UnknownSegment(gone)) if gone == id));
+    log.unlink_job().unwrap().run();
+    assert_eq!(files(&storage, "seg-").len(), log.segments().len());
 }
 
 #[test]

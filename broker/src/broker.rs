@@ -294,7 +294,7 @@ fn make_folder(path: &Path) -> Result<(), StartError> {
 /// Starting needs no new space: without an anchor the next start counts as one after a reboot.
 fn save_first_anchor(data: &Path, anchor: &[u8; ANCHOR_BYTES]) -> Result<(), StartError> {
     match save_anchor(data, anchor) {
-        Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+        Err(error) if millpond_wal::storage::is_full(error.kind()) => {
             tracing::warn!(%error, "the clock's anchor was not saved");
             Ok(())
         }

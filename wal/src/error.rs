@@ -7,6 +7,7 @@ use std::io;
 
 use crate::entry::LogIndex;
 use crate::segment::SegmentId;
+use crate::storage::is_full;
 
 /// The entries `first..=last`.
 #[derive(
@@ -169,6 +170,6 @@ pub struct JobError {
 impl JobError {
     /// The job can be made and run again once there is space.
     pub fn is_disk_full(&self) -> bool {
-        self.source.kind() == io::ErrorKind::StorageFull
+        is_full(self.source.kind())
     }
 }

@@ -34,7 +34,7 @@ use crate::seal::{Ended, SealDone, SealJob, seal_room};
 use crate::segment::{Contents, ENTRIES_START, SegmentHeader, SegmentId, derive_uuid};
 use crate::snapshot::Snapshot;
 use crate::spare::{STEP_BYTES_MAX, Spare, SpareDone, SpareJob, fill_with_zeros};
-use crate::storage::{BLOCK_BYTES, Storage, StorageFile};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile, is_full};
 use crate::tables::{Body, Segment, Tables};
 use crate::unlink::UnlinkJob;
 use crate::watermark::{Watermark, WatermarkReader};
@@ -538,7 +538,7 @@ impl<S: Storage> Log<S> {
             Ok(file)
         });
         reserved.map_err(|source| {
-            if source.kind() != io::ErrorKind::StorageFull {
+            if !is_full(source.kind()) {
                 return self.poison_io("begin", name, source);
             }
             self.unlink(name);

@@ -29,7 +29,7 @@ use crate::entry::LogIndex;
 use crate::error::{IndexRange, OpenError};
 use crate::planted::{self, Bug};
 use crate::segment::{Contents, SegmentId, file_name};
-use crate::storage::{BLOCK_BYTES, Storage, StorageFile, is_zero};
+use crate::storage::{BLOCK_BYTES, Storage, StorageFile, is_full, is_zero};
 
 /// One step of the log's life. Variants are only ever added, at the end.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -375,7 +375,7 @@ impl<S: Storage> Manifest<S> {
         let state = self.state.clone();
         match Self::write_base(storage, pool, self.bytes_max, state, self.sequence) {
             Ok(new) => *self = new,
-            Err(error) if error.kind() == io::ErrorKind::StorageFull => {}
+            Err(error) if is_full(error.kind()) => {}
             Err(error) => return Err(ManifestError(error)),
         }
         Ok(())

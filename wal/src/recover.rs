@@ -31,7 +31,7 @@ use crate::options::Options;
 use crate::planted::{self, Bug};
 use crate::segment::SegmentId;
 use crate::snapshot::{ChunkId, Snapshot, SnapshotError};
-use crate::storage::{Storage, StorageFile};
+use crate::storage::{Storage, StorageFile, is_full};
 use crate::watermark::Watermark;
 
 /// An open log, to be replayed before it is written.
@@ -220,7 +220,7 @@ fn save_aside<S: Storage>(
     };
     match copy() {
         Ok(()) => Ok(Some(name)),
-        Err(error) if error.kind() == io::ErrorKind::StorageFull => {
+        Err(error) if is_full(error.kind()) => {
             let _ = storage.remove(&name);
             Ok(None)
         }
@@ -296,7 +296,7 @@ fn newer(file: String, found: u16) -> OpenError {
 
 fn start_error(options: &Options, source: io::Error) -> OpenError {
     match source.kind() {
-        io::ErrorKind::StorageFull => OpenError::DiskFull {
+        kind if is_full(kind) => OpenError::DiskFull {
             needed_bytes: options.manifest_bytes,
         },
         io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {

@@ -131,6 +131,14 @@ pub fn read_exact_at(file: &impl StorageFile, offset: u64, buf: &mut [u8]) -> io
     }
 }
 
+/// Whether a call failed because there is no room left: on the disk, or in what its owner may use of it.
+pub fn is_full(kind: io::ErrorKind) -> bool {
+    matches!(
+        kind,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
+}
+
 /// Whether there is nothing but zeros, compared by the block rather than by the byte: recovery asks this of
 /// every block that nobody has written yet.
 pub(crate) fn is_zero(bytes: &[u8]) -> bool {

@@ -8,7 +8,7 @@ use std::io::ErrorKind;
 use millpond_protocol::{LogIndex, Offset, TopicId};
 use millpond_queue::{Place, Record, SnapshotDelta};
 use millpond_wal::snapshot::SnapshotError;
-use millpond_wal::storage::Storage;
+use millpond_wal::storage::{Storage, is_full};
 use millpond_wal::{
     ChunkId, CleanDone, CleanJob, Contents, JobError, LogError, Row, SealDone, SealJob,
     SegmentInfo, SnapshotDone, SnapshotJob, SpareDone, SpareJob, Stage, UnlinkJob,
@@ -407,7 +407,7 @@ const _: () =
     assert!(millpond_queue::ROWS_CHUNK_BYTES_MAX <= millpond_wal::snapshot::CHUNK_BYTES_MAX);
 
 fn is_disk_full(error: &SnapshotError) -> bool {
-    matches!(error, SnapshotError::Io { source, .. } if source.kind() == ErrorKind::StorageFull)
+    matches!(error, SnapshotError::Io { source, .. } if is_full(source.kind()))
 }
 
 /// A job whose segment was sealed by an append, or removed, while it waited has nothing to install.

@@ -371,6 +371,7 @@ fn nacks_until_a_snapshot(rig: &mut Rig, most: usize) -> usize {
 
 #[test]
 fn a_segment_that_a_full_disk_keeps_from_being_sealed_is_tried_again_after_a_second() {
+    use std::io::ErrorKind;
     let mut rig = Rig::new();
     let sealing = |shard: &mut Shard<_, _>| {
         let mut out = Outbox::default();
@@ -379,15 +380,17 @@ fn a_segment_that_a_full_disk_keeps_from_being_sealed_is_tried_again_after_a_sec
     };
     rig.shard.log.roll().unwrap();
     assert!(sealing(&mut rig.shard));
-    let full = millpond_wal::JobError {
-        what: "seal",
-        file: "a segment".to_owned(),
-        source: std::io::ErrorKind::StorageFull.into(),
-    };
-    rig.shard.job_done(Done::Seal(Err(full))).unwrap();
-    assert!(!sealing(&mut rig.shard));
-    rig.clock.advance_us(SECOND_US);
-    assert!(sealing(&mut rig.shard));
+    for full in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded] {
+        let full = millpond_wal::JobError {
+            what: "seal",
+            file: "a segment".to_owned(),
+            source: full.into(),
+        };
+        rig.shard.job_done(Done::Seal(Err(full))).unwrap();
+        assert!(!sealing(&mut rig.shard));
+        rig.clock.advance_us(SECOND_US);
+        assert!(sealing(&mut rig.shard));
+    }
 }
 
 #[test]

@@ -75,6 +75,8 @@ pub enum Fault {
     Io,
     /// ENOSPC; a write leaves a first part of its bytes behind.
     NoSpace,
+    /// EDQUOT; the same otherwise.
+    Quota,
     /// The device took only a first part of a write; for any other call the same as `Io`.
     Short,
 }
@@ -291,7 +293,7 @@ impl StorageFile for SimFile {
                 let lost = inode.sync_failing(rng);
                 disk.fired.failed_syncs_marked_clean += u64::from(lost > 0);
             }
-            Verdict::Fail(Fault::NoSpace | Fault::Short) => {
+            Verdict::Fail(Fault::NoSpace | Fault::Quota | Fault::Short) => {
                 inode.write(offset, first_part(data, rng), rng);
             }
         }
@@ -402,6 +404,7 @@ impl Fault {
         match self {
             Fault::Io => io::Error::from_raw_os_error(EIO),
             Fault::NoSpace => no_space(),
+            Fault::Quota => io::Error::from_raw_os_error(EDQUOT),
             Fault::Short => io::ErrorKind::WriteZero.into(),
         }
     }
@@ -436,6 +439,7 @@ fn no_space() -> io::Error {
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
+const EDQUOT: i32 = 122;
 
 #[cfg(test)]
 mod tests;

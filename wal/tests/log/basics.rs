@@ -434,11 +434,13 @@ fn unable_to_fill(fault: Fault) -> (SimStorage, Log<SimStorage>) {
 
 #[test]
 fn a_disk_that_is_full_while_the_first_segment_is_filled_leaves_the_log_as_it_was() {
-    let (storage, mut log) = unable_to_fill(Fault::NoSpace);
-    let full = append(&mut log, 1, 10).map(drop);
-    assert!(matches!(full, Err(LogError::DiskFull)), "{full:?}");
-    assert!(files(&storage, "seg-").is_empty());
-    assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(1));
+    for fault in [Fault::NoSpace, Fault::Quota] {
+        let (storage, mut log) = unable_to_fill(fault);
+        let full = append(&mut log, 1, 10).map(drop);
+        assert!(matches!(full, Err(LogError::DiskFull)), "{full:?}");
+        assert!(files(&storage, "seg-").is_empty());
+        assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(1));
+    }
 }
 
 #[test]

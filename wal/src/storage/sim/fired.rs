@@ -52,7 +52,7 @@ fired! {
     names_lost,
     /// Calls that failed with EIO.
     eio,
-    /// Calls that failed with ENOSPC.
+    /// Calls that failed with ENOSPC or EDQUOT.
     enospc,
     /// Writes that the device took only a part of.
     short_writes,
@@ -63,7 +63,7 @@ fired! {
 impl Fired {
     pub(super) fn failed(&mut self, call: Call, fault: Fault) {
         match fault {
-            Fault::NoSpace => self.enospc += 1,
+            Fault::NoSpace | Fault::Quota => self.enospc += 1,
             Fault::Short if call.is_write() => self.short_writes += 1,
             Fault::Io | Fault::Short => self.eio += 1,
         }

@@ -251,6 +251,7 @@ fn a_short_write_leaves_a_first_part() {
     for (fault, kind) in [
         (Fault::Short, io::ErrorKind::WriteZero),
         (Fault::NoSpace, io::ErrorKind::StorageFull),
+        (Fault::Quota, io::ErrorKind::QuotaExceeded),
     ] {
         for call in [Call::Write, Call::WriteDurable] {
             let (storage, file) = with_file(5, 2);

@@ -232,6 +232,8 @@ impl Damaged {
         let mut after = files(&self.data.join("log"));
         after.insert("manifest".to_owned(), before["manifest"].clone());
         assert_eq!(after, before, "only the manifest tells of it");
+        let again = log("salvage", &self.data);
+        assert_eq!(again.code, 0, "{again:?}");
     }
 
     /// The broker starts: these are damaged, all others are there at their offsets; what is sent gets an

@@ -82,7 +82,7 @@ pub enum Wrong {
 pub enum Harm {
     /// A second copy, or the next start, makes up for it.
     None,
-    /// Below the snapshot: bodies are lost, the state is whole.
+    /// Below the snapshot, or given up: messages are lost, the log takes writes.
     Bodies,
     /// Above the snapshot: the log takes no writes until the loss is accepted.
     State,
@@ -119,7 +119,7 @@ pub fn verify<S: Storage>(storage: &S) -> Result<VerifyReport, OpenError> {
     verify_snapshots(storage, state, &mut report);
     for segment in log.judged.tables.iter() {
         report.segments += 1;
-        log.verify_segment(segment, &mut report)?;
+        log.verify_segment(segment, state, &mut report)?;
         verify_length(storage, state, segment, &mut report)?;
     }
     Ok(report)
@@ -312,8 +312,8 @@ impl<F: StorageFile> Inspected<F> {
         })
     }
 
-    fn harm(&self, range: IndexRange) -> Harm {
-        if range.last > self.replay_from {
+    fn harm(&self, range: IndexRange, state: &State) -> Harm {
+        if range.last > self.replay_from && !is_given_up(range, state) {
             Harm::State
         } else {
             Harm::Bodies
@@ -328,7 +328,7 @@ impl<F: StorageFile> Inspected<F> {
                 file: file_of(lost.segment),
                 what: Wrong::Segment(lost.defect),
                 bytes: None,
-                harm: self.harm(lost.range),
+                harm: self.harm(lost.range, state),
             });
         }
         for range in self.uncovered() {
@@ -340,7 +340,7 @@ impl<F: StorageFile> Inspected<F> {
                     .unwrap_or_else(|| crate::manifest::NAME.into()),
                 what: Wrong::Uncovered(range),
                 bytes: None,
-                harm: Harm::State,
+                harm: self.harm(range, state),
             });
         }
         for torn in &self.report.torn {
@@ -359,6 +359,7 @@ impl<F: StorageFile> Inspected<F> {
     fn verify_segment(
         &self,
         segment: &Segment<F>,
+        state: &State,
         report: &mut VerifyReport,
     ) -> Result<(), OpenError> {
         let range = segment.range();
@@ -398,7 +399,7 @@ impl<F: StorageFile> Inspected<F> {
             }
         }
         for range in damaged {
-            find(Wrong::Entries(range), None, self.harm(range));
+            find(Wrong::Entries(range), None, self.harm(range, state));
         }
         Ok(())
     }
@@ -424,7 +425,7 @@ impl<F: StorageFile> Inspected<F> {
         }
         lost.extend(self.uncovered());
         lost.sort();
-        lost.retain(|range| !(state.is_skipped(range.first) && state.is_skipped(range.last)));
+        lost.retain(|range| !is_given_up(*range, state));
         Ok(lost)
     }
 
@@ -463,6 +464,10 @@ impl<F: StorageFile> Inspected<F> {
             .map(|damage| damage.range)
             .collect()
     }
+}
+
+fn is_given_up(range: IndexRange, state: &State) -> bool {
+    state.is_skipped(range.first) && state.is_skipped(range.last)
 }
 
 enum Walked<'a> {

@@ -257,6 +257,7 @@ fn a_missing_segment_above_the_snapshot_stops_the_fold() {
         salvage_accept_loss(&storage, &options()).unwrap(),
         [range(31, 36)]
     );
+    assert_eq!(verify(&storage).unwrap().harm(), Harm::Bodies);
     let (mut log, _) = open(&storage);
     assert_eq!(append(&mut log, 1, 10).unwrap().index, LogIndex(37));
 }
@@ -446,6 +447,7 @@ fn damage_in_a_sealed_segment_above_the_snapshot_stops_the_fold() {
         salvage_accept_loss(&storage, &options()).unwrap(),
         [range(33, 33)]
     );
+    assert_eq!(verify(&storage).unwrap().harm(), Harm::Bodies);
     let (_, replayed) = open(&storage);
     assert_eq!(replayed.len(), 4);
 }

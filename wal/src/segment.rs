@@ -182,6 +182,16 @@ impl Footer {
         })
     }
 
+    /// The format of a footer that a newer version wrote for this segment. Magic, version, crc and uuid keep
+    /// their places in every format, so that a payload cannot pass for one.
+    pub(crate) fn newer(block: &[u8], uuid: [u8; 16]) -> Option<u16> {
+        let Err(SegmentDefect::Version(found)) = Footer::decode(block) else {
+            return None;
+        };
+        let (raw, _) = RawFooter::read_from_prefix(block).ok()?;
+        (raw.uuid == uuid).then_some(found)
+    }
+
     /// The size of the sealed file.
     pub(crate) fn file_bytes(&self) -> u64 {
         sealed_bytes(self.entries_end, self.directory_blocks)

@@ -406,11 +406,13 @@ fn read_footer<F: StorageFile>(
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
             read => read?,
         }
+        if let Some(found) = Footer::newer(&block, uuid) {
+            return Err(LookError::Newer(found));
+        }
         match Footer::decode(&block) {
             Ok(footer) if footer.uuid == uuid && footer.file_bytes() == file_bytes => {
                 return Ok(footer);
             }
-            Err(SegmentDefect::Version(found)) => return Err(LookError::Newer(found)),
             _ => {}
         }
     }

@@ -6,7 +6,7 @@ use millpond_wal::sim::SimStorage;
 use millpond_wal::storage::{Storage, StorageFile};
 use millpond_wal::{
     ChunkId, Defect, Dumped, Harm, IndexRange, Log, LogError, LogIndex, Options, ReadError,
-    ReplayEnd, Replayed, Stage, Wrong, dump, salvage_accept_loss, verify,
+    ReplayEnd, Replayed, SegmentDefect, Stage, Wrong, dump, salvage_accept_loss, verify,
 };
 
 use crate::support::{TOPIC, append, expect_record, files, open, options, place, reopen};
@@ -388,6 +388,57 @@ fn a_lost_end_before_a_lost_segment_is_told_too() {
     assert_eq!(ranges, lost);
     let entries = lost[0].last.0 - lost[0].first.0 + 1;
     assert!(told[0].1 >= entries * BLOCK, "{told:?}");
+}
+
+/// A block as sealing writes it, but of this format.
+fn footer_of(format: u8, mut block: Vec<u8>) -> Vec<u8> {
+    block[..8].copy_from_slice(b"MPFOOTR1");
+    block[8] = format;
+    block[12..16].fill(0);
+    let crc = crc32fast::hash(&block[..112]);
+    block[12..16].copy_from_slice(&crc.to_le_bytes());
+    block
+}
+
+#[test]
+fn only_a_footer_of_the_segment_itself_says_that_a_newer_version_wrote_it() {
+    use millpond_wal::OpenError;
+    for is_payload in [true, false] {
+        let storage = SimStorage::new(3);
+        let (mut log, _) = open(&storage);
+        let mut group = log.new_group();
+        // On a block of its own.
+        let lead = vec![1; BLOCK as usize - 96 - 24];
+        let payload = footer_of(2, vec![0; BLOCK as usize]);
+        group.push(1, 1, &[&lead, &payload]);
+        let appended = log.append_durable(group).unwrap();
+        log.set_applied(appended.index);
+        log.close().unwrap();
+        let segment = files(&storage, "seg-").remove(0);
+        let file = storage.open(&segment).unwrap();
+        let mut footers = 0;
+        for at in (0..file.len().unwrap()).step_by(BLOCK as usize) {
+            let mut block = vec![0; BLOCK as usize];
+            file.read_at(at, &mut block).unwrap();
+            if block.starts_with(b"MPFOOTR1\x01") {
+                let damaged = match is_payload {
+                    true => vec![7; BLOCK as usize],
+                    false => footer_of(2, block),
+                };
+                file.write_at(at, &damaged).unwrap();
+                footers += 1;
+            }
+        }
+        assert_eq!(footers, 2);
+        match reopen(&storage) {
+            Ok((opened, ..)) => {
+                let lost = opened.log.report().lost[0];
+                assert!(is_payload && lost.defect == SegmentDefect::Footer);
+            }
+            Err(OpenError::NewerFormat { found: 2, .. }) => assert!(!is_payload),
+            Err(error) => panic!("{error}"),
+        }
+    }
 }
 
 #[test]

@@ -352,8 +352,15 @@ fn read_whole(
 fn read_header(file: &impl StorageFile, name: &str, number: u64) -> Result<Header, HeaderError> {
     let mut block = vec![0; BLOCK_BYTES];
     let last = file.len().map_err(HeaderError::Io)?;
+    let mut failed = None;
     for offset in [0, last.saturating_sub(BLOCK_BYTES as u64)] {
-        let read = file.read_at(offset, &mut block).map_err(HeaderError::Io)?;
+        let read = match file.read_at(offset, &mut block) {
+            Ok(read) => read,
+            Err(error) => {
+                failed = Some(error);
+                continue;
+            }
+        };
         match Header::decode(&block[..read]) {
             Ok(Some(header)) if header.number == number => return Ok(header),
             Ok(_) => {}
@@ -366,28 +373,35 @@ fn read_header(file: &impl StorageFile, name: &str, number: u64) -> Result<Heade
             }
         }
     }
-    Err(HeaderError::Snapshot(SnapshotError::Damaged {
+    let damaged = SnapshotError::Damaged {
         file: name.to_owned(),
         what: Damage::Headers,
-    }))
+    };
+    Err(failed.map_or(HeaderError::Snapshot(damaged), HeaderError::Io))
 }
 
-/// The table from whichever copy is good; a copy that the file has no room for is bad.
+/// The table from whichever copy is good; a copy that the file has no room for is bad. An error only if
+/// none is good and the disk failed to give one.
 fn read_table(file: &impl StorageFile, header: &Header) -> io::Result<Option<Table>> {
     let bytes = table_blocks(header.files, header.chunks);
     let len = file.len()?;
+    let mut failed = None;
     for copy in 0..2 {
         let offset = header.table_offset.saturating_add(copy * bytes);
         if offset.saturating_add(bytes) > len {
             continue;
         }
         let mut raw = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
-        read_exact_at(file, offset, &mut raw)?;
-        if let Some(table) = decode_table(header, &raw) {
-            return Ok(Some(table));
+        match read_exact_at(file, offset, &mut raw) {
+            Ok(()) => {
+                if let Some(table) = decode_table(header, &raw) {
+                    return Ok(Some(table));
+                }
+            }
+            Err(error) => failed = Some(error),
         }
     }
-    Ok(None)
+    failed.map_or(Ok(None), Err)
 }
 
 /// The most files that one snapshot needs; beyond it the emptiest are merged into the newest.

@@ -380,17 +380,19 @@ fn check_header<F: StorageFile>(
     }
 }
 
-/// A sealed segment's header says nothing that its footers do not, but for the format.
+/// A sealed segment's header says nothing that its footers do not, so one that cannot be read is not missed.
 fn refuse_newer<F: StorageFile>(file: &F) -> Result<(), LookError> {
     let mut block = [0; BLOCK_BYTES];
-    let read = file.read_at(0, &mut block)?;
+    let Ok(read) = file.read_at(0, &mut block) else {
+        return Ok(());
+    };
     match SegmentHeader::decode(&block[..read]) {
         Err(SegmentDefect::Version(found)) => Err(LookError::Newer(found)),
         _ => Ok(()),
     }
 }
 
-/// The last footer of a sealed file, or the first one if that is bad.
+/// The last footer of a sealed file, or the first one if that is bad or cannot be read.
 fn read_footer<F: StorageFile>(
     file: &F,
     uuid: [u8; 16],
@@ -400,11 +402,20 @@ fn read_footer<F: StorageFile>(
     // A file that has lost its end may still have a footer.
     let len = file.len()?.next_multiple_of(BLOCK_BYTES as u64);
     let mut at = file_bytes.min(len);
+    let (mut failed, mut unreadable) = (None, 0);
     while at > BLOCK_BYTES as u64 {
         at -= BLOCK_BYTES as u64;
         match read_exact_at(file, at, &mut block) {
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => continue,
-            read => read?,
+            Err(error) => {
+                unreadable += 1;
+                if unreadable > UNREADABLE_BLOCKS_MAX {
+                    return Err(error.into());
+                }
+                failed.get_or_insert(error);
+                continue;
+            }
+            Ok(()) => {}
         }
         if let Some(found) = Footer::newer(&block, uuid) {
             return Err(LookError::Newer(found));
@@ -416,7 +427,7 @@ fn read_footer<F: StorageFile>(
             _ => {}
         }
     }
-    Err(LookError::Defect(SegmentDefect::Footer))
+    Err(failed.map_or(LookError::Defect(SegmentDefect::Footer), LookError::Io))
 }
 
 fn segment<F>(id: SegmentId, entry: &SegmentEntry, body: Body<F>) -> Segment<F> {
@@ -489,3 +500,6 @@ fn gaps(spots: &[Spot], first: LogIndex, last: LogIndex) -> Vec<IndexRange> {
     }
     gaps
 }
+
+/// Blocks that the disk fails to give while a footer is looked for; such a read may take it seconds.
+const UNREADABLE_BLOCKS_MAX: usize = 16;

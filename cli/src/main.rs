@@ -6,6 +6,7 @@
 mod args;
 mod connect;
 mod dead_letters;
+mod descriptors;
 mod duration;
 mod exec;
 mod failure;
@@ -63,6 +64,9 @@ fn run(command: Command, global: &Global) -> Result<(), Failure> {
         })
     };
     let runtime = || started(Runtime::new());
+    if let Command::Log(_) | Command::Serve(_) = command {
+        descriptors::raise_limit();
+    }
     match command {
         Command::Log(command) => log::run(&command, global.output),
         Command::Serve(args) => finish(

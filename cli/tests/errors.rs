@@ -184,6 +184,32 @@ fn a_broker_that_cannot_start_says_why() {
     assert!(misspelt.err.contains("lisen"), "{misspelt:?}");
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn a_broker_takes_as_many_descriptors_as_it_may_have() {
+    let folder = tempfile::tempdir().unwrap();
+    let serve = common::serve_command(&folder.path().join("data"), "127.0.0.1:0");
+    let mut limited = std::process::Command::new("sh");
+    limited
+        .args([
+            "-c",
+            "ulimit -S -n 100 && ulimit -H -n 200 && exec \"$0\" \"$@\"",
+        ])
+        .arg(serve.get_program())
+        .args(serve.get_args())
+        .stdout(std::process::Stdio::piped());
+    let mut broker = common::Running::start(limited);
+    assert!(broker.line().is_some(), "it is ready");
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", broker.child.id())).unwrap();
+    common::signal(broker.child.id(), "TERM");
+    assert_eq!(broker.end().0, 0);
+    let files = limits
+        .lines()
+        .find(|line| line.starts_with("Max open files"));
+    let files: Vec<_> = files.unwrap().split_whitespace().collect();
+    assert_eq!(files[3..5], ["200", "200"]);
+}
+
 #[test]
 fn a_broker_that_cannot_log_goes_on_serving() {
     let full = File::options().write(true).open("/dev/full").unwrap();

@@ -242,7 +242,8 @@ impl<F: StorageFile> SealedBody<F> {
         };
         let spans = body.directory().spans();
         body.spans = spans?;
-        body.map = body.file.map().map_err(Unreadable::Io)?;
+        // A process has a bound on its maps too; without one it is read by calls.
+        body.map = body.file.map().unwrap_or(None);
         Ok(body)
     }
 

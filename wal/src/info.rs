@@ -1,5 +1,7 @@
 //! What the log consists of, for decisions about space and for metrics.
 
+use std::sync::Arc;
+
 use crate::directory::TopicSpan;
 use crate::entry::LogIndex;
 use crate::log::{Log, bytes_of};
@@ -37,7 +39,7 @@ pub struct SegmentInfo {
     pub covered: bool,
     /// Cleaning found damage in it: it cannot be cleaned.
     pub damaged: bool,
-    pub topics: Vec<TopicSpan>,
+    pub topics: Arc<[TopicSpan]>,
 }
 
 /// Where a segment is in its life.
@@ -50,14 +52,14 @@ pub enum Stage {
 }
 
 impl<S: Storage> Log<S> {
-    /// All segments in order.
+    /// All segments in order. What a sealed one says of its topics is shared, not copied.
     pub fn segments(&self) -> Vec<SegmentInfo> {
         let covered = self.manifest.state().covered();
         let info = |segment: &Held<Segment<S::File>>| {
             let (stage, topics) = match &segment.body {
-                Body::Open { table, .. } => (Stage::Open, table.read().spans()),
+                Body::Open { table, .. } => (Stage::Open, table.read().spans().into()),
                 Body::Sealed(sealed) => (Stage::Sealed, sealed.spans.clone()),
-                Body::Lost { .. } => (Stage::Lost, Vec::new()),
+                Body::Lost { .. } => (Stage::Lost, Arc::default()),
             };
             SegmentInfo {
                 id: segment.id,

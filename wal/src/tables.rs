@@ -51,7 +51,8 @@ pub(crate) struct SealedBody<F> {
     pub file: F,
     pub map: Option<Map>,
     pub footer: Footer,
-    pub spans: Vec<TopicSpan>,
+    /// Shared with who asks what the log consists of.
+    pub spans: Arc<[TopicSpan]>,
 }
 
 impl<F: StorageFile> Segment<F> {
@@ -238,10 +239,10 @@ impl<F: StorageFile> SealedBody<F> {
             file,
             map: None,
             footer,
-            spans: Vec::new(),
+            spans: Arc::default(),
         };
         let spans = body.directory().spans();
-        body.spans = spans?;
+        body.spans = spans?.into();
         // A process has a bound on its maps too; without one it is read by calls.
         body.map = body.file.map().unwrap_or(None);
         Ok(body)
@@ -300,7 +301,7 @@ impl<F: StorageFile> Tables<F> {
     /// Adds a segment, or replaces the one with the same first index.
     pub fn put(&mut self, segment: Held<Segment<F>>) {
         self.remove(segment.first);
-        for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
+        for span in segment.sealed().map_or(&[][..], |sealed| &*sealed.spans) {
             self.topics
                 .entry(span.topic)
                 .or_default()
@@ -315,7 +316,7 @@ impl<F: StorageFile> Tables<F> {
     pub fn remove(&mut self, first: LogIndex) -> Option<Held<Segment<F>>> {
         let segment = self.segments.remove(&first)?;
         self.lost.remove(&first);
-        for span in segment.sealed().map_or(&[][..], |sealed| &sealed.spans) {
+        for span in segment.sealed().map_or(&[][..], |sealed| &*sealed.spans) {
             if let Some(firsts) = self.topics.get_mut(&span.topic) {
                 firsts.remove(&span.first_offset);
                 if firsts.is_empty() {

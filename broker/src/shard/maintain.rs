@@ -324,7 +324,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     /// Proposes to let go what nobody needs of a segment; false: all of that is let go already.
     fn propose_letting_go(&mut self, segment: &SegmentInfo, runs_left: &mut usize) -> bool {
         let mut is_open = false;
-        for range in &segment.topics {
+        for range in segment.topics.iter() {
             let topic = TopicId(range.topic);
             let (first, end) = (Offset(range.first_offset), Offset(range.end_offset));
             let most = (*runs_left).max(1);
@@ -367,26 +367,32 @@ impl<S: Storage, C: Clock> Shard<S, C> {
         }
     }
 
-    /// How much of a segment is needed; `None`: nothing at all.
+    /// How much of a segment is needed, or at least if that is too much for cleaning; `None`: nothing at all.
     fn live_percent(&self, segment: &SegmentInfo) -> Option<u64> {
         let mut pins = self
             .queue
             .pins_between(LogIndex(segment.first.0), LogIndex(segment.last.0));
         let pinned = pins.next().is_some();
-        let (mut asked, mut live) = (0, 0);
-        for range in &segment.topics {
+        let spans = segment.topics.iter();
+        let asked: u64 = spans.map(|span| span.end_offset - span.first_offset).sum();
+        let percent = |live: u64| live * 100 / asked.max(1);
+        let mut live = 0;
+        for range in segment.topics.iter() {
             let topic = TopicId(range.topic);
-            asked += range.end_offset - range.first_offset;
             live += self.queue.live_between(
                 topic,
                 Offset(range.first_offset),
                 Offset(range.end_offset),
             );
+            // With thousands of topics in hundreds of segments, asking for the rest takes too long.
+            if percent(live) > CLEAN_LIVE_PERCENT {
+                break;
+            }
         }
         if live == 0 && !pinned {
             None
         } else {
-            Some(live * 100 / asked.max(1))
+            Some(percent(live))
         }
     }
 }

@@ -41,7 +41,7 @@ pub async fn run(
         pace.took(1);
         // A command that outlasts the grace is killed as it is dropped; its message comes again.
         match pace
-            .finish(handle(args, &message, format), EXEC_GRACE)
+            .finish(Box::pin(handle(args, &message, format)), EXEC_GRACE)
             .await
         {
             Ok(Ok(())) => {}

@@ -369,6 +369,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             }
         }
         self.queue.enrich(session, &mut entries);
+        self.group_offsets += acked;
         let record = Record::Settle {
             subscription,
             session,

@@ -23,6 +23,7 @@ mod view;
 
 use std::collections::BTreeMap;
 
+use millpond_protocol::limits::SETTLE_OFFSETS_MAX;
 use millpond_protocol::{LogIndex, ProducerKey, SessionId, Stamp, SubscriptionId, TopicId};
 use millpond_queue::{Effect, Place, Proposal, Queue, Record, publish_header};
 use millpond_wal::storage::Storage;
@@ -40,6 +41,9 @@ pub(crate) use crate::shard::view::PEEK_HOLES_MAX;
 pub const GROUP_BYTES_TARGET: usize = 1 << 20;
 /// Records after which the open group is committed although more is waiting.
 pub const GROUP_RECORDS_MAX: usize = 8_192;
+/// Offsets of acknowledgements after which the open group is committed although more is waiting: each is
+/// looked up, also where nothing is leased, so that these take some 30 ms.
+pub const GROUP_OFFSETS_MAX: u64 = 4 * SETTLE_OFFSETS_MAX;
 /// Proposals taken from the queue in one round.
 const DISPATCH_BUDGET: usize = 8_192;
 /// A group with nothing but hand-outs, which nobody waits for, is committed within this time.
@@ -121,6 +125,8 @@ pub struct Shard<S: Storage, C: Clock> {
     stamper: Stamper<C>,
     group: Group,
     pending: Vec<Pending>,
+    /// What the acknowledgements in it cover.
+    group_offsets: u64,
     /// Whose state the open group's mark is to tell; none if it needs no mark.
     touched: Option<Vec<(TopicId, ProducerKey)>>,
     /// Publishes that were refused while a group was open; answered behind it.
@@ -168,7 +174,9 @@ impl<S: Storage, C: Clock> Shard<S, C> {
     /// True if the open group should be committed before more is taken in.
     #[must_use]
     pub fn is_group_full(&self) -> bool {
-        self.group.bytes() >= GROUP_BYTES_TARGET || self.pending.len() >= GROUP_RECORDS_MAX
+        self.group.bytes() >= GROUP_BYTES_TARGET
+            || self.pending.len() >= GROUP_RECORDS_MAX
+            || self.group_offsets >= GROUP_OFFSETS_MAX
     }
 
     /// Bytes that the open group still takes.
@@ -209,6 +217,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             sync_us,
         });
         (self.awaited, self.upsets) = (false, false);
+        self.group_offsets = 0;
         self.vouch_since_us = Some(after);
         self.apply_group(&appended, out)?;
         self.log.set_applied(appended.index);

@@ -115,6 +115,7 @@ impl<S: Storage, C: Clock> Shard<S, C> {
             queue,
             stamper,
             pending: Vec::new(),
+            group_offsets: 0,
             touched: None,
             refused: Vec::new(),
             awaited: false,

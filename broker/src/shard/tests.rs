@@ -417,6 +417,30 @@ fn after_a_start_the_grace_counts_from_when_the_shard_serves() {
 }
 
 #[test]
+fn a_group_is_full_of_acknowledgements_that_cover_many_offsets() {
+    let mut rig = Rig::new();
+    rig.publish();
+    let (stream, Opened { session, .. }) = rig.consume(None);
+    let never_leased = || Input::<()>::Settle {
+        stream,
+        session,
+        acks: vec![AckRun {
+            offset: Offset(1 << 40),
+            delivery: Delivery(1),
+            run: 65_536,
+        }],
+        items: Vec::new(),
+    };
+    let mut out = Outbox::default();
+    for full in [false, false, false, true] {
+        rig.shard.input(never_leased(), &mut out);
+        assert_eq!(rig.shard.is_group_full(), full);
+    }
+    rig.shard.commit(&mut out).unwrap();
+    assert!(!rig.shard.is_group_full());
+}
+
+#[test]
 fn a_status_that_leaves_topics_out_is_ready_all_the_same() {
     let mut rig = Rig::new();
     let mut out = Outbox::default();

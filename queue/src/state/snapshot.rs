@@ -386,7 +386,10 @@ impl Queue {
 
     fn letters_chunk(&self, id: TopicId, part: u64) -> Option<Bytes> {
         let topic = self.topics.get(&id)?;
-        let (first, end) = span(part, ENTRIES_SHIFT, topic.first);
+        // What was redriven and then reopened may be an alias below the topic's first message.
+        let alias = topic.aliases.keys().next();
+        let lowest = alias.map_or(topic.first, |alias| topic.first.min(*alias));
+        let (first, end) = span(part, ENTRIES_SHIFT, lowest);
         let letter = |(offset, letter): (&u64, &super::dead_letter::Letter)| LetterChunk {
             offset: *offset,
             source: letter.source,
@@ -544,13 +547,13 @@ fn key_of(part: u64, next: u64, sets: &[&OffsetSet]) -> Option<u64> {
 
 /// The first offset of the shelf that a chunk, or its part, is of.
 fn shelf_of(chunk: u64, retries: &Retries) -> Option<u64> {
-    let around = retries.shelves().next()?;
-    Some(span(chunk & 0xffff_ffff, ENTRIES_SHIFT, around).0)
+    let lowest = retries.shelves().next()?;
+    Some(span(chunk & 0xffff_ffff, ENTRIES_SHIFT, lowest).0)
 }
 
-/// The offsets of a part, near `around`: parts wrap at 2^32.
-fn span(part: u64, shift: u32, around: u64) -> (u64, u64) {
-    let base = around >> shift;
+/// The offsets of a part, of which none that is meant lies below `lowest`: parts wrap at 2^32.
+fn span(part: u64, shift: u32, lowest: u64) -> (u64, u64) {
+    let base = lowest >> shift;
     let mut key = (base & !0xffff_ffff) | part;
     if key < base {
         key = key.wrapping_add(1 << 32);

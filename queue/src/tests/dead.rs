@@ -27,7 +27,12 @@ pub(super) fn redrive_all(rig: &mut Rig) {
     redrive(rig, DeadFilter::default(), None, target);
 }
 
-fn redrive(rig: &mut Rig, filter: DeadFilter, rate: Option<u32>, target: RedriveTarget) -> u64 {
+pub(super) fn redrive(
+    rig: &mut Rig,
+    filter: DeadFilter,
+    rate: Option<u32>,
+    target: RedriveTarget,
+) -> u64 {
     let dead = rig.queue.dead_topic("t", "s").unwrap();
     let outcome = rig.apply(&Record::Redrive {
         topic: dead,

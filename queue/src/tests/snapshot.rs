@@ -1,5 +1,6 @@
 use std::collections::BTreeMap;
 
+use millpond_protocol::control::RedriveTarget;
 use proptest::prelude::*;
 
 use super::*;
@@ -566,4 +567,39 @@ fn later(delay_ms: u64) -> Verdict {
 fn retries_of(queue: &Queue, sub: SubscriptionId) -> Vec<(u64, Retry)> {
     let all = queue.subscriptions[&sub].retries.iter();
     all.map(|(offset, retry)| (offset, retry.clone())).collect()
+}
+
+// SEMANTICS 3
+#[test]
+fn a_message_reopened_far_below_its_topics_first_keeps_its_body_over_a_restart() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 1);
+    rig.consumer(sub, 1, 10_000);
+    rig.run();
+    rig.settle(sub, 1, 0, 1, reject());
+    super::dead::redrive(&mut rig, Default::default(), None, RedriveTarget::Topic);
+    assert_eq!(rig.offsets(), [1]);
+    rig.settle(sub, 1, 1, 1, reject());
+    rig.publish(topic, 3 * SHELF);
+    rig.run();
+    rig.acks(sub, 1, &[(2, 1, 3 * SHELF as u32)]);
+    assert_eq!(rig.queue.first_kept(topic), Offset(2 + 3 * SHELF));
+    let mut kept: BTreeMap<_, _> = rig.queue.snapshot().dirty.into_iter().collect();
+    super::dead::redrive_all(&mut rig);
+    assert_eq!(rig.offsets(), [1]);
+    let body = (topic, Offset(0));
+    lay_over(&mut kept, rig.queue.snapshot());
+    for chunks in [kept.clone(), rig.queue.chunks().into_iter().collect()] {
+        let restored = Queue::restore(Options::default(), chunks.into_iter()).unwrap();
+        restored.check_invariants();
+        assert_eq!(restored.body_of(topic, Offset(1)), body);
+        assert!(restored.is_live(topic, Offset(0)));
+    }
+    // Once it is finished, nothing of it is left.
+    rig.ack(sub, 1, 1, 2);
+    lay_over(&mut kept, rig.queue.snapshot());
+    assert_eq!(kept, rig.queue.chunks().into_iter().collect());
+    assert!(!rig.queue.is_live(topic, Offset(0)));
 }

@@ -162,20 +162,20 @@ impl Queue {
         })
     }
 
-    /// Leaves a hole in a dead-letter topic: its own subscriptions have nothing to do there.
+    /// Leaves a hole in a dead-letter topic: its own subscriptions have nothing to do there, whenever they come.
     fn withdraw(&mut self, dead: TopicId, offset: u64, out: &mut Vec<Effect>) {
-        let Some(topic) = self.topics.get(&dead) else {
+        let Some(topic) = self.topics.get_mut(&dead) else {
             return;
         };
+        topic.gone.insert(offset);
+        self.dirty.mark(dirty::gone(dead, offset));
+        self.finished.insert(dead);
         let subs: Vec<_> = topic.subscriptions.values().copied().collect();
         for id in subs {
             self.revoke(id, offset, offset + 1, LostReason::Purged, out);
             let Some(sub) = self.subscriptions.get_mut(&id) else {
                 continue;
             };
-            if !sub.is_queue() {
-                continue;
-            }
             self.dirty.mark_sets(id, offset, offset + 1);
             sub.parked.remove(offset);
             sub.again.remove(offset);
@@ -185,7 +185,6 @@ impl Queue {
             if !sub.is_finished(offset) {
                 self.finish(id, offset, offset + 1);
             }
-            self.finished.insert(dead);
         }
     }
 

@@ -9,7 +9,7 @@
 //!
 //! Invariants: `floor <= cursor <= next` and `done` has nothing below `floor` nor the floor itself.
 //! Stream mode uses only `floor`, the committed consumer offset, and `done` for what was let go before
-//! the subscription began or went back there.
+//! the subscription began or went back there, and for where letters were taken away.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

@@ -36,7 +36,8 @@ pub struct Topic {
     /// Messages below it without a life of their own have outlived the topic's time to live.
     pub ttl_floor: u64,
     pub subscriptions: BTreeMap<Arc<str>, SubscriptionId>,
-    /// Offsets from `first` on that were let go out of turn: their bodies may be cleaned away.
+    /// Offsets from `first` on that were let go out of turn: their bodies may be cleaned away. Holes too, where
+    /// letters were taken away.
     pub gone: OffsetSet,
     pub letters: BTreeMap<u64, Letter>,
     /// Messages redriven to this topic: where their bodies were published.

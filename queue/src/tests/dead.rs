@@ -413,3 +413,63 @@ fn what_was_redriven_and_finished_leaves_nothing_behind() {
         }
     }
 }
+
+fn seek(rig: &mut Rig, sub: SubscriptionId, offset: u64) {
+    rig.apply(&Record::SubscriptionSeek {
+        subscription: sub,
+        to: StartPosition::At(Offset(offset)),
+    });
+}
+
+// SEMANTICS 3
+#[test]
+fn where_a_letter_was_taken_away_nobody_is_given_a_hole() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 6);
+    rig.consumer(sub, 1, 100);
+    for got in rig.run() {
+        rig.settle(sub, 1, got.offset, 1, reject());
+    }
+    let dead = rig.queue.dead_topic("t", "s").unwrap();
+    let stream = SubscriptionConfig {
+        mode: millpond_protocol::SubscriptionMode::Stream,
+        ..plain()
+    };
+    let stream = rig.sub_with(dead, "stream", stream);
+    let old = rig.sub(dead, "old");
+    rig.consumer(old, 2, 100);
+    assert_eq!(rig.offsets(), [0, 1, 2, 3, 4, 5]);
+    rig.acks(old, 2, &[(0, 1, 6)]);
+    let filter = |offsets: &[u64]| DeadFilter {
+        offsets: offsets.iter().copied().map(Offset).collect(),
+        ..Default::default()
+    };
+    redrive(&mut rig, filter(&[1, 2]), None, RedriveTarget::Subscription);
+    rig.run();
+    rig.apply(&Record::DeadPurge {
+        topic: dead,
+        source_topic: "t",
+        subscription: "s",
+        filter: filter(&[3]),
+    });
+    rig.consumer(stream, 3, 100);
+    assert_eq!(rig.offsets(), [0, 4, 5], "of a stream that is behind");
+    let new = rig.sub(dead, "new");
+    assert_eq!(rig.view(new).backlog, 3);
+    rig.consumer(new, 4, 100);
+    assert_eq!(
+        rig.offsets(),
+        [0, 4, 5],
+        "of a subscription that comes late"
+    );
+    seek(&mut rig, old, 0);
+    assert_eq!(rig.offsets(), [0, 4, 5], "of one that goes back");
+    rig.apply(&Record::Commit {
+        subscription: stream,
+        session: SessionId(3),
+        next: Offset(1),
+    });
+    assert_eq!(rig.view(stream).floor, Offset(4));
+}

@@ -125,15 +125,15 @@ impl Model {
     }
 
     fn take_letter(&mut self, dead: TopicId, at: u64) -> Option<Death> {
-        let letter = self
-            .topics
-            .get_mut(&dead)?
-            .messages
-            .get_mut(at as usize)?
-            .letter
-            .take()?;
+        let topic = self.topics.get_mut(&dead)?;
+        let letter = topic.messages.get_mut(at as usize)?.letter.take()?;
+        topic.gone.insert(at);
         for sub in self.subs_of(dead) {
-            if self.subs[&sub].is_queue() && !self.item(sub, at).is_finished() {
+            if !self.subs[&sub].is_queue() {
+                self.subs.get_mut(&sub).unwrap().gone.insert(at);
+                continue;
+            }
+            if !self.item(sub, at).is_finished() {
                 self.revoke(sub, at, Ending::Revoked);
                 self.item(sub, at).state = State::Gone;
             }

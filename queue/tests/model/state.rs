@@ -71,7 +71,8 @@ pub struct Topic {
     pub first: u64,
     /// By offset, for ever.
     pub messages: Vec<Message>,
-    /// Let go out of turn: finished for every subscription that comes or goes back there.
+    /// Let go out of turn, or where a letter was taken away: finished for every subscription that comes or goes
+    /// back there.
     pub gone: BTreeSet<u64>,
     /// Made for letters.
     pub is_dead: bool,
@@ -123,7 +124,7 @@ pub struct Sub {
     pub floor: u64,
     /// Stream mode.
     pub committed: u64,
-    /// Stream mode: let go before it came there.
+    /// Stream mode: let go before it came there, or where a letter was taken away.
     pub gone: BTreeSet<u64>,
     /// Stream mode: those that wait, the active one first.
     pub line: Vec<SessionId>,

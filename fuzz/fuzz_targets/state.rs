@@ -21,7 +21,7 @@ fuzz_target!(|input: &[u8]| {
     let _ = queue.memory_bytes();
     for topic in queue.topics(None, 100) {
         if let Some(id) = queue.topic_id(&topic.name) {
-            let _ = queue.subscriptions(id, Stamp(1));
+            let _ = queue.subscriptions([id], Stamp(1), usize::MAX);
         }
     }
     let _ = queue.snapshot();

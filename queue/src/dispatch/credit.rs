@@ -110,6 +110,7 @@ impl Queue {
             return Err((ErrorCode::LeaseLost, state));
         }
         add_clock(session, clock);
+        drop_old_clocks(session, &sub.leases);
         Ok(())
     }
 
@@ -318,16 +319,19 @@ fn add_clock(session: &mut Session, clock: Clock) {
     session.live.clocks.push_back(clock);
 }
 
-/// Clocks of leases that are over are forgotten once they are the most.
+/// Clocks of leases that are over, or whose clock was set again, are forgotten once they are the most.
 fn drop_old_clocks(session: &mut Session, leases: &Leases) {
     if session.live.clocks.len() as u64 <= 2 * session.leases + 2 * session.live.proposed + 64 {
         return;
     }
     let id = session.id;
-    session.live.clocks.retain(|clock| {
-        let run = leases.next(clock.first);
-        run.is_some_and(|run| run.first < clock.end && run.session == id)
-    });
+    let counts = |clock: &Clock| {
+        leases.between(clock.first, clock.end).any(|run| {
+            let is_its = (run.session, run.delivery) == (id, clock.delivery);
+            is_its && run.begun.is_none_or(|begun| begun == clock.at)
+        })
+    };
+    session.live.clocks.retain(counts);
 }
 
 #[derive(Copy, Clone, Debug, PartialEq, Eq)]

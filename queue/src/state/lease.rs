@@ -68,6 +68,12 @@ impl Leases {
         self.runs.range(offset..).next().map(|(_, run)| run)
     }
 
+    /// The runs that hold any of `first..end`, by offset.
+    pub fn between(&self, first: u64, end: u64) -> impl Iterator<Item = &LeaseRun> {
+        let runs = self.runs.range(first..).map(|(_, run)| run);
+        runs.take_while(move |run| run.first < end)
+    }
+
     /// Takes `first..end` out of the one run that holds all of it.
     pub fn cut(&mut self, first: u64, end: u64) -> Option<LeaseRun> {
         let (last, run) = self.runs.range_mut(first..).next()?;

@@ -502,3 +502,28 @@ fn a_suspect_stays_alone_over_a_restart() {
     rig.ack(sub, 2, 0, 2);
     assert_eq!(rig.offsets(), [1]);
 }
+
+// SEMANTICS 1.1
+#[test]
+fn a_clock_that_was_set_again_is_forgotten_and_its_neighbours_go_on() {
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    let sub = rig.sub(topic, "s");
+    rig.publish(topic, 10);
+    rig.consumer(sub, 1, 10);
+    rig.run();
+    rig.say(1, 10);
+    let mut most = 0;
+    for _ in 0..700 {
+        rig.wait(500);
+        rig.queue
+            .extend(SessionId(1), lease(0, 1), rig.now)
+            .unwrap();
+        rig.run();
+        most = most.max(rig.queue.sessions[&SessionId(1)].live.clocks.len());
+    }
+    assert!(most <= 100, "{most}");
+    let sub = &rig.queue.subscriptions[&sub];
+    assert!(sub.leases.get(0).is_some(), "it was given time");
+    assert_eq!(sub.leases.count(), 1, "the others were not");
+}

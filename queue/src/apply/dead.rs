@@ -110,12 +110,10 @@ impl Queue {
         bytes: u64,
     ) -> Option<(TopicId, u64)> {
         let topic = self.topics.get_mut(&dead)?;
-        let offset = topic.append(1, bytes, at.stamp);
+        let offset = topic.append(1, bytes, at.stamp, &mut self.dirty);
         self.pins.pin_body(letter.body);
         self.pins.pin_record(Some(letter.place));
         topic.letters.insert(offset, letter);
-        self.dirty.mark(dirty::topic(dead, 0));
-        self.dirty.mark(dirty::rows(dead, offset));
         self.dirty.mark(dirty::letters(dead, offset));
         self.arm_ages(dead, at.stamp);
         self.wake_topic(dead);
@@ -352,15 +350,13 @@ impl Queue {
         let Some(topic) = self.topics.get_mut(&letter.source) else {
             return;
         };
-        let offset = topic.append(1, bytes, at.stamp);
+        let offset = topic.append(1, bytes, at.stamp, &mut self.dirty);
         topic.aliases.insert(offset, letter.body);
         if letter.own != Extra::default() {
             topic.extras.insert(offset, letter.own);
             self.dirty.mark(dirty::extras(letter.source, offset));
         }
         self.pins.pin_body(letter.body);
-        self.dirty.mark(dirty::topic(letter.source, 0));
-        self.dirty.mark(dirty::rows(letter.source, offset));
         self.dirty.mark(dirty::letters(letter.source, offset));
         self.arm_ages(letter.source, at.stamp);
         self.wake_topic(letter.source);

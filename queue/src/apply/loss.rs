@@ -165,9 +165,8 @@ impl Queue {
         let topic = self.topics.get_mut(&id)?;
         self.mending.unsure.remove(&id);
         let count = end.0.checked_sub(topic.next).filter(|count| *count > 0)?;
-        let first = topic.append(count, bytes.saturating_sub(topic.bytes()), self.last);
-        self.dirty.mark(dirty::topic(id, 0));
-        self.dirty.mark(dirty::rows(id, first));
+        let bytes = bytes.saturating_sub(topic.bytes());
+        let first = topic.append(count, bytes, self.last, &mut self.dirty);
         self.counters.lost += count;
         self.wake_topic(id);
         Some(LostRun {
@@ -266,11 +265,9 @@ impl Queue {
         if count == 0 {
             return;
         }
-        let first = topic.append(count, 0, self.last);
+        let first = topic.append(count, 0, self.last, &mut self.dirty);
         let end = first + count;
         topic.gone.insert_range(first, end);
-        self.dirty.mark(dirty::topic(id, 0));
-        self.dirty.mark(dirty::rows(id, first));
         let gone = |at| dirty::gone(id, at);
         self.dirty.mark_span(gone, dirty::SETS_SHIFT, first, end);
         for sub in topic.subscriptions.values() {

@@ -278,10 +278,8 @@ impl Queue {
         let Some(topic) = self.topics.get_mut(&id) else {
             return 0;
         };
-        let base = topic.append(u64::from(new), batch.new_bytes, at.stamp);
+        let base = topic.append(u64::from(new), batch.new_bytes, at.stamp, &mut self.dirty);
         let limited = topic.is_over(0, 0);
-        self.dirty.mark(dirty::topic(id, 0));
-        self.dirty.mark(dirty::rows(id, base));
         if batch.has_extras {
             for (view, offset) in views(messages).skip(batch.duplicates as usize).zip(base..) {
                 self.keep_extras(at.stamp, id, offset, view);

@@ -89,10 +89,12 @@ impl Topic {
     }
 
     /// Assigns the next offsets to `count` messages of `bytes` together.
-    pub fn append(&mut self, count: u64, bytes: u64, stamp: Stamp) -> u64 {
+    pub fn append(&mut self, count: u64, bytes: u64, stamp: Stamp, dirty: &mut Dirty) -> u64 {
         let base = self.next;
-        self.index.push(base, bytes, stamp);
+        let row = self.index.push(base, bytes, stamp);
         self.next += count;
+        dirty.mark(dirty::topic(self.id, 0));
+        dirty.mark(dirty::rows(self.id, row));
         base
     }
 
@@ -172,7 +174,8 @@ pub struct Row {
 }
 
 impl Index {
-    fn push(&mut self, offset: u64, bytes: u64, stamp: Stamp) {
+    /// Returns where the row begins that has it.
+    fn push(&mut self, offset: u64, bytes: u64, stamp: Stamp) -> u64 {
         let before = self.total;
         self.total += bytes;
         if let Some(row) = self.rows.back_mut()
@@ -180,7 +183,7 @@ impl Index {
             && stamp.ms_since(row.stamp) < ROW_MS
         {
             row.last = stamp;
-            return;
+            return row.first;
         }
         self.rows.push_back(Row {
             first: offset,
@@ -188,6 +191,7 @@ impl Index {
             last: stamp,
             before,
         });
+        offset
     }
 
     /// The row that has this offset, and its number.

@@ -116,7 +116,7 @@ fn offsets_are_known_for_the_last_1024_batches() {
             .topics
             .get_mut(&topic)
             .unwrap()
-            .append(1, 1, rig.now);
+            .append(1, 1, rig.now, &mut rig.queue.dirty);
         rig.log.clear();
     }
     let known = publish(&mut rig, topic, (key, 1), 12, &[13]);

@@ -603,3 +603,28 @@ fn a_message_reopened_far_below_its_topics_first_keeps_its_body_over_a_restart()
     assert_eq!(kept, rig.queue.chunks().into_iter().collect());
     assert!(!rig.queue.is_live(topic, Offset(0)));
 }
+
+#[test]
+fn a_row_that_began_in_the_chunk_before_is_told_as_it_stands() {
+    let edge = 1 << crate::state::dirty::ROWS_SHIFT;
+    let mut rig = Rig::new();
+    let topic = rig.topic("t");
+    rig.queue.give_up(&crate::Loss {
+        from: LogIndex(1),
+        to: LogIndex(1),
+        appended: Some(vec![crate::LostRun {
+            topic,
+            first: Offset(0),
+            end: Offset(edge - 1),
+        }]),
+        messages_max: 0,
+    });
+    assert_eq!(rig.publish(topic, 1), edge - 1);
+    let mut kept: BTreeMap<_, _> = rig.queue.snapshot().dirty.into_iter().collect();
+    rig.wait(10);
+    assert_eq!(rig.publish(topic, 1), edge);
+    lay_over(&mut kept, rig.queue.snapshot());
+    assert_eq!(kept, rig.queue.chunks().into_iter().collect());
+    rig.log.clear();
+    rig.queue = Queue::new(Options::default());
+}

@@ -13,6 +13,7 @@ use crate::effect::{Effect, Outcome};
 use crate::limits::TOPICS_MAX;
 use crate::queue::{At, Queue};
 use crate::state::dirty::{self, ENTITY_MAX};
+use crate::state::subscription::Subscription;
 use crate::state::topic::Topic;
 
 impl Queue {
@@ -138,11 +139,15 @@ impl Queue {
         }
     }
 
-    /// The earliest offset that a subscription needs; none if there is no subscription.
+    /// The earliest offset that a subscription needs, or of a letter that comes before all of them; none if there
+    /// is no subscription.
     pub(crate) fn kept(&self, id: TopicId) -> Option<u64> {
         let topic = self.topics.get(&id)?;
-        let of = |id: &SubscriptionId| self.subscriptions.get(id).map(|sub| sub.keeps());
-        topic.subscriptions.values().filter_map(of).min()
+        let of = |id: &SubscriptionId| self.subscriptions.get(id);
+        let subs = || topic.subscriptions.values().filter_map(of);
+        let start = subs().map(|sub| sub.start).min()?;
+        let letter = topic.letters.keys().next().filter(|at| **at < start);
+        subs().map(Subscription::keeps).chain(letter.copied()).min()
     }
 
     /// Moves the topic's first offset up; what lies below it is finished everywhere.

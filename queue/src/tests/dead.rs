@@ -473,3 +473,42 @@ fn where_a_letter_was_taken_away_nobody_is_given_a_hole() {
     });
     assert_eq!(rig.view(stream).floor, Offset(4));
 }
+
+// SEMANTICS 3
+#[test]
+fn letters_that_no_subscription_has_come_to_stay() {
+    for mode in [
+        millpond_protocol::SubscriptionMode::Queue,
+        millpond_protocol::SubscriptionMode::Stream,
+    ] {
+        let mut rig = Rig::new();
+        let (topic, sub) = two_dead(&mut rig);
+        let dead = rig.queue.dead_topic("t", "s").unwrap();
+        rig.apply(&Record::SubscriptionCreate {
+            topic: dead,
+            name: "latest",
+            config: SubscriptionConfig { mode, ..plain() },
+            start: StartPosition::Latest,
+        });
+        assert_eq!(rig.letters("t", "s").len(), 2);
+        redrive(
+            &mut rig,
+            DeadFilter::default(),
+            None,
+            RedriveTarget::Subscription,
+        );
+        for got in rig.run() {
+            rig.settle(sub, 1, got.offset, got.delivery, reject());
+        }
+        // They are gone, and hold back nothing.
+        assert_eq!(rig.queue.first_kept(dead), Offset(2));
+        assert_eq!(rig.letters("t", "s").len(), 2);
+        assert!(rig.queue.is_live(topic, Offset(1)));
+        let SubscriptionConfig { mode, .. } = plain();
+        let all = rig.sub_with(dead, "all", SubscriptionConfig { mode, ..plain() });
+        rig.consumer(all, 2, 100);
+        assert_eq!(rig.offsets(), [2, 3]);
+        rig.acks(all, 2, &[(2, 1, 2)]);
+        assert_eq!(rig.letters("t", "s").len(), 2, "the other is still to come");
+    }
+}

@@ -288,7 +288,12 @@ impl Queue {
                 }
             }
         }
-        let kept = self.kept(id).map_or(first, |kept| kept.min(first));
+        // A limit that makes room takes letters too that no subscription has come to.
+        let kept = match on_limit {
+            OnLimit::RefusePublish => self.kept(id),
+            OnLimit::Drop | OnLimit::DeadLetter => self.needed(id),
+        };
+        let kept = kept.map_or(first, |kept| kept.min(first));
         self.trim(id, kept);
         if let Some(topic) = self.topics.get_mut(&id) {
             topic.trim_proposed = topic.first;

@@ -13,7 +13,6 @@ use crate::effect::{Effect, Outcome};
 use crate::limits::TOPICS_MAX;
 use crate::queue::{At, Queue};
 use crate::state::dirty::{self, ENTITY_MAX};
-use crate::state::subscription::Subscription;
 use crate::state::topic::Topic;
 
 impl Queue {
@@ -143,11 +142,18 @@ impl Queue {
     /// is no subscription.
     pub(crate) fn kept(&self, id: TopicId) -> Option<u64> {
         let topic = self.topics.get(&id)?;
-        let of = |id: &SubscriptionId| self.subscriptions.get(id);
-        let subs = || topic.subscriptions.values().filter_map(of);
-        let start = subs().map(|sub| sub.start).min()?;
+        let subs = topic.subscriptions.values();
+        let starts = subs.filter_map(|id| Some(self.subscriptions.get(id)?.start));
+        let start = starts.min()?;
         let letter = topic.letters.keys().next().filter(|at| **at < start);
-        subs().map(Subscription::keeps).chain(letter.copied()).min()
+        self.needed(id).into_iter().chain(letter.copied()).min()
+    }
+
+    /// The earliest offset that a subscription needs; none if there is no subscription.
+    pub(crate) fn needed(&self, id: TopicId) -> Option<u64> {
+        let topic = self.topics.get(&id)?;
+        let of = |id: &SubscriptionId| self.subscriptions.get(id).map(|sub| sub.keeps());
+        topic.subscriptions.values().filter_map(of).min()
     }
 
     /// Moves the topic's first offset up; what lies below it is finished everywhere.

@@ -512,3 +512,28 @@ fn letters_that_no_subscription_has_come_to_stay() {
         assert_eq!(rig.letters("t", "s").len(), 2, "the other is still to come");
     }
 }
+
+// SEMANTICS 6
+#[test]
+fn a_limit_that_makes_room_takes_letters_that_no_subscription_has_come_to() {
+    let mut rig = Rig::new();
+    two_dead(&mut rig);
+    let dead = rig.queue.dead_topic("t", "s").unwrap();
+    rig.apply(&Record::SubscriptionCreate {
+        topic: dead,
+        name: "latest",
+        config: plain(),
+        start: StartPosition::Latest,
+    });
+    rig.apply(&Record::TopicUpdate {
+        topic: dead,
+        patch: millpond_protocol::policy::TopicPatch {
+            max_messages: Some(Some(1)),
+            on_limit: Some(millpond_protocol::policy::OnLimit::Drop),
+            ..Default::default()
+        },
+    });
+    rig.run();
+    assert_eq!(rig.queue.first_kept(dead), Offset(1));
+    assert_eq!(rig.letters("t", "s").len(), 1);
+}
